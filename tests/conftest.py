@@ -1,0 +1,35 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the extra real data sets: $PRUNUS_DATA, or ``../shared/data`` beside the repository."""
+    folder = Path(os.environ.get("PRUNUS_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "load.py").is_file():
+        pytest.skip(f"the extra data sets are not at {folder} (set PRUNUS_DATA to the folder that holds their load.py)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_npz(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uncompressed ``cifar10.npz`` with 2,000 training and 500 test images of the real CIFAR-10."""
+    spec = importlib.util.spec_from_file_location("shared_load", shared_data / "load.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    x_train, y_train, x_test, y_test = module.load("cifar10")
+    path = tmp_path_factory.mktemp("cifar10") / "cifar10.npz"
+    np.savez(path, x_train=x_train[:2000], y_train=y_train[:2000], x_test=x_test[:500], y_test=y_test[:500])
+    return path
