@@ -199,7 +199,7 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[list[_Use], dict[str, tup
     """Run one forward pass and note where each weight was used."""
     uses: list[_Use] = []
     attention: dict[str, tuple[int, int, int]] = {}
-    seen: set[int] = {id(example)}
+    seen: set[int] = set()
     alive: list[Tensor] = []
     batch = example.shape[0]
 
@@ -214,7 +214,7 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[list[_Use], dict[str, tup
         if isinstance(module, nn.Linear):
             positions = output.numel() / output.shape[-1] / batch
         tensor = inputs[0]
-        uses.append(_Use(path, positions, tensor.numel() / batch, tensor is example, id(tensor) in seen - {id(example)}))
+        uses.append(_Use(path, positions, tensor.numel() / batch, tensor is example, id(tensor) in seen))
         seen.add(id(tensor))
         alive.append(tensor)
 

@@ -100,14 +100,11 @@ class MaskedMean:
     previous : full state dict before the merge; an entry nobody covers keeps its value bit for bit. Integer buffers
         are never averaged and keep theirs always.
     layout : what can be pruned in it.
-    deltas : replies are differences to be added to ``previous``, not values.
     dtype : of the sums.
     """
 
-    def __init__(
-        self, previous: State, layout: Layout, *, deltas: bool = False, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.previous, self.layout, self.deltas, self.dtype = previous, layout, deltas, dtype
+    def __init__(self, previous: State, layout: Layout, *, dtype: torch.dtype = torch.float32) -> None:
+        self.previous, self.layout, self.dtype = previous, layout, dtype
         self.shapes = shapes_of(previous)
         self.total_weight, self.num_merged = 0.0, 0
         self._sums: dict[str, Tensor] = {}
@@ -192,11 +189,9 @@ class MaskedMean:
     def _merge_entry(self, before: Tensor, total: Tensor, share: Tensor, mixing_rate: float, rule: MergeRule) -> Tensor:
         is_held = share > 0
         base = before.to(self.dtype)
-        divisor_safe = torch.where(is_held, share, torch.ones_like(share))
-        merged = rule(total, divisor_safe, self.total_weight, torch.zeros_like(share) if self.deltas else base)
-        if self.deltas:
-            merged = base + mixing_rate * merged
-        elif mixing_rate != 1.0:
+        divisor_safe = torch.where(is_held, share, torch.ones_like(share))  # what nobody held is replaced below
+        merged = rule(total, divisor_safe, self.total_weight, base)
+        if mixing_rate != 1.0:
             merged = base + mixing_rate * (merged - base)
         if is_held.numpy().all():
             return merged.to(before.dtype)

@@ -1,0 +1,251 @@
+"""The client handler: one instruction in, one report out. Engines only wrap it."""
+
+from __future__ import annotations
+
+import copy
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from client_app.data import Examples, client_examples, load_images
+from client_app.objective import Task, last_logits, make_loss
+from client_app.store import ClientStore
+from pruning.compress import sparsify
+from pruning.cost import measure_costs
+from pruning.extract import embed, extract, resize
+from pruning.groups import Layout
+from pruning.spec import FULL, SubModelSpec
+from wire.message import Instruction, ModelConfig, Report, TrainConfig
+from zoo import get_model
+
+META = torch.device("meta")
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong on this client; nothing is reported as trained."""
+
+
+def handle(instruction: Instruction) -> Report:
+    """Do what the instruction asks and report it.
+
+    Raises
+    ------
+    TrainingError
+        If the loss is not finite or the client has nothing to train on.
+    """
+    job = instruction.job
+    train, test = client_examples(job.data, job.num_clients, instruction.partition_id)
+    data = load_images(job.data)
+    device = pick_device(job.train)
+    shape = (train.x.shape[1], train.x.shape[2], train.x.shape[3])
+    model, layout, macs = sub_model(job.model, data.num_classes, shape, instruction.spec)
+    model = load(model, instruction).to(device)
+    if instruction.action == "evaluate":
+        metrics = evaluate(model, test.to(device))
+        return Report(instruction.dispatch, instruction.partition_id, {}, len(test), metrics=metrics)
+    counts = torch.bincount(train.y, minlength=data.num_classes)
+    task = Task(model.train(), layout, job.train, instruction.settings, counts.to(device))
+    began = time.perf_counter()
+    metrics, memory_bytes, num_seen = fit(task, instruction, train.to(device))
+    compute_s = time.perf_counter() - began
+    state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
+    sent, is_sparse = state, False
+    if instruction.wants_delta:
+        sent = {k: t - instruction.state[k] if t.is_floating_point() else t for k, t in state.items()}
+    if job.compression.kind == "dgc":
+        sent, is_sparse = compress(instruction, sent, layout, data.num_classes, shape), True
+    return Report(
+        dispatch=instruction.dispatch,
+        partition_id=instruction.partition_id,
+        state=sent,
+        num_examples=len(train),
+        label_counts=tuple(int(c) for c in counts),
+        train_macs=float(macs * num_seen),
+        compute_s=compute_s,
+        peak_memory_bytes=memory_bytes,
+        metrics=metrics,
+        is_delta=instruction.wants_delta,
+        is_sparse=is_sparse,
+    )
+
+
+@lru_cache(maxsize=4)
+def full_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, int]) -> tuple[nn.Module, Layout]:
+    """The full model without storage, and its layout."""
+    options: dict[str, Any] = {} if config.width == 1 else {"width": config.width}
+    options |= {"exits": True} if config.exits else {}
+    with META:
+        return get_model(config.name, num_classes=num_classes, in_channels=shape[0], image_size=shape[1], **options)
+
+
+@lru_cache(maxsize=64)
+def sub_model(
+    config: ModelConfig, num_classes: int, shape: tuple[int, int, int], spec: SubModelSpec
+) -> tuple[nn.Module, Layout, int]:
+    """The sub-model of ``spec`` without storage, the full layout, and its training MACs per example."""
+    full, layout = full_model(config, num_classes, shape)
+    small = resize(full, layout, spec) if spec != FULL else full
+    cost = measure_costs(small, Layout(()), torch.empty(2, *shape, device=META))
+    return small, layout, cost.of(FULL).train_macs
+
+
+def load(model: nn.Module, instruction: Instruction) -> nn.Module:
+    """A copy of a model without storage, holding the weights that were received."""
+    owned = {key: tensor.clone() for key, tensor in instruction.state.items()}
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(owned, strict=True, assign=True)
+    for parameter in loaded.parameters():
+        parameter.requires_grad_(True)
+    return loaded
+
+
+def fit(task: Task, instruction: Instruction, train: Examples) -> tuple[dict[str, float], int, int]:
+    """Train on ``train``; returns metrics of the whole round, peak memory in bytes, and examples seen."""
+    config, job = task.train, instruction.job
+    if len(train) == 0:
+        raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
+    generator = torch.Generator().manual_seed(hash((job.seed, instruction.partition_id, instruction.dispatch)) % 2**63)
+    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+    optimizer = torch.optim.SGD(
+        task.model.parameters(),
+        lr=learning_rate(config, instruction.server_round, job.num_rounds),
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        weight_decay=config.weight_decay,
+    )
+    loss_of = make_loss(instruction.objective, task)
+    meter = MemoryMeter(task.model, config.momentum > 0)
+    total_loss, num_correct, num_seen = 0.0, 0, 0
+    for _ in range(config.local_epochs):
+        for index in batches(len(train), config.batch_size, generator):
+            x, y = train.batch(index)
+            if config.augment == "flip-shift":
+                x = flip_shift(x, generator)
+            with meter:
+                loss, logits = loss_of(x, y)
+            optimizer.zero_grad()
+            loss.backward()
+            if config.max_grad_norm:
+                nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            total_loss += float(loss.detach()) * len(y)
+            num_correct += int((logits.argmax(1) == y).sum())
+            num_seen += len(y)
+    mean_loss = total_loss / num_seen
+    if not total_loss == total_loss or abs(total_loss) == float("inf"):
+        raise TrainingError(f"client {instruction.partition_id}: the loss became {mean_loss}; lower the learning rate")
+    return {"loss": mean_loss, "accuracy": num_correct / num_seen}, meter.peak_bytes, num_seen
+
+
+def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """Shuffled batches; a last batch of one example joins the one before, for BatchNorm's sake."""
+    parts = list(torch.randperm(num_examples, generator=generator).split(batch_size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        last = parts.pop()
+        parts[-1] = torch.cat([parts[-1], last])
+    return parts
+
+
+def learning_rate(config: TrainConfig, server_round: int, num_rounds: int) -> float:
+    """The round's learning rate under the configured schedule."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = torch.tensor(torch.pi * (server_round - 1) / max(1, num_rounds))
+    return config.learning_rate * 0.5 * (1 + float(torch.cos(progress)))
+
+
+def flip_shift(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images [batch, channels, height, width] and shift all by up to an eighth."""
+    flips = torch.rand(len(x), generator=generator) < 0.5
+    x = torch.where(flips.to(x.device)[:, None, None, None], x.flip(3), x)
+    reach = x.shape[-1] // 8
+    down, right = (int(v) for v in torch.randint(0, 2 * reach + 1, (2,), generator=generator))
+    padded = functional.pad(x, (reach,) * 4)
+    return padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, examples: Examples, batch_size: int = 256) -> dict[str, float]:
+    """Mean loss and accuracy on ``examples``."""
+    model.eval()
+    total_loss, num_correct = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        x, y = examples.batch(slice(start, start + batch_size))
+        logits = last_logits(model(x))
+        total_loss += float(functional.cross_entropy(logits, y, reduction="sum"))
+        num_correct += int((logits.argmax(1) == y).sum())
+    return {"loss": total_loss / len(examples), "accuracy": num_correct / len(examples)}
+
+
+def compress(
+    instruction: Instruction, delta: dict[str, Tensor], layout: Layout, num_classes: int, shape: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """Send the largest entries of the update and remember the rest, in the coordinates of the present sub-model."""
+    job = instruction.job
+    store = ClientStore(job.store_dir, instruction.partition_id)
+    memory = store.load(instruction.last_dispatch)
+    velocity, residual = {}, {}
+    if memory:
+        before = SubModelSpec(tuple((n, tuple(u)) for n, u in memory["kept"]), memory["depth"])
+        full, _ = full_model(job.model, num_classes, shape)
+        blank = {k: torch.zeros(t.shape) for k, t in full.state_dict().items() if t.dim() > 1}
+        velocity, residual = (
+            extract(embed(memory[name], layout, before, blank)[0], layout, instruction.spec)
+            if before != instruction.spec
+            else memory[name]
+            for name in ("velocity", "residual")
+        )
+    sparse, velocity, residual = sparsify(delta, velocity, residual, job.compression.density, job.compression.momentum)
+    kept = [[name, list(units)] for name, units in instruction.spec.kept]
+    memory = {"kept": kept, "depth": instruction.spec.depth, "velocity": velocity, "residual": residual}
+    store.save(instruction.dispatch, instruction.last_dispatch, memory)
+    return sparse
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """The configured device; ``auto`` takes the accelerator where there is one."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+class MemoryMeter:
+    """Counts what training holds at its peak: weights, gradients, optimiser state, tensors saved for backward.
+
+    Used as a context around the forward pass; counts the first, which is the largest batch, and then steps aside.
+    """
+
+    def __init__(self, model: nn.Module, has_momentum: bool) -> None:
+        parameters = list(model.parameters())
+        self._owned = {parameter.data_ptr() for parameter in parameters}
+        weights = sum(p.numel() * p.element_size() for p in parameters)
+        self.fixed_bytes = weights * (3 if has_momentum else 2)
+        self.saved_bytes = 0
+        self._seen: dict[int, int] = {}
+        self._hooks: Any = None
+        self._is_done = False
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak."""
+        return self.fixed_bytes + self.saved_bytes
+
+    def __enter__(self) -> None:
+        if not self._is_done:
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+            self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_done:
+            self._hooks.__exit__(*error)
+            self.saved_bytes, self._is_done = sum(self._seen.values()), True
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._owned:
+            self._seen[storage.data_ptr()] = storage.nbytes()
+        return tensor

@@ -1,0 +1,202 @@
+"""Pruned-rate learning: which retention ratio makes a client as fast as the reference, from update times alone.
+
+AdaptCL (Zhou et al. 2021, arXiv 2106.14126) learns the ratio without knowing what a device can do. The update time is
+an unknown falling function of the retention ratio gamma; its inverse is interpolated with Newton's divided differences
+through the points (update time, gamma) seen so far and read at the reference's update time. The guards around it are
+ours (docs/fidelity.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+
+class RateError(ValueError):
+    """A setting of the rate learner is out of range, or an update time is not positive."""
+
+
+@dataclass(frozen=True)
+class RateParams:
+    """Knobs of the rate learner.
+
+    Attributes
+    ----------
+    alpha : step of the first, linear rule, in (0, 1].
+    max_step : largest relative cut of one decision (rho-max), in (0, 1).
+    min_step : smaller cuts are not made (rho-min).
+    min_retention_ratio : floor of every client (gamma-min).
+    dead_band : a client this much slower than the target, relatively, is left alone.
+    slack : target = (1 + slack) * the reference's update time.
+    min_timed_rounds : rounds a client must have been timed since its last change.
+    regrow : widen a client again that has become faster than the target.
+    """
+
+    alpha: float = 1.0
+    max_step: float = 0.5
+    min_step: float = 0.02
+    min_retention_ratio: float = 0.2
+    dead_band: float = 0.05
+    slack: float = 0.0
+    min_timed_rounds: int = 3
+    regrow: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        checks = {
+            "alpha": (self.alpha, 0 < self.alpha <= 1, "in (0, 1]"),
+            "max-step": (self.max_step, 0 < self.max_step < 1, "in (0, 1)"),
+            "min-step": (self.min_step, 0 <= self.min_step <= self.max_step, "between 0 and max-step"),
+            "min-retention-ratio": (self.min_retention_ratio, 0 < self.min_retention_ratio <= 1, "in (0, 1]"),
+            "dead-band": (self.dead_band, 0 <= self.dead_band < 1, "in [0, 1)"),
+            "slack": (self.slack, self.slack >= 0, ">= 0"),
+            "min-timed-rounds": (self.min_timed_rounds, self.min_timed_rounds >= 1, ">= 1"),
+        }
+        for name, (value, is_good, expected) in checks.items():
+            if not is_good:
+                raise RateError(f"{name}: got {value}, expected a value {expected}")
+
+
+@dataclass(frozen=True)
+class ClientRate:
+    """What is known about one client.
+
+    Attributes
+    ----------
+    retention_ratio : gamma in force.
+    times_s : update times since gamma last changed, oldest first.
+    history : (update time in seconds, gamma) points of earlier ratios, oldest first.
+    is_floored : pruning it further was given up: its update time has a part that does not shrink.
+    """
+
+    retention_ratio: float = 1.0
+    times_s: tuple[float, ...] = ()
+    history: tuple[tuple[float, float], ...] = ()
+    is_floored: bool = False
+
+    @property
+    def update_time_s(self) -> float:
+        """Median since gamma last changed, without the first round (allocation, cold caches)."""
+        return median(self.times_s[1:] or self.times_s)
+
+
+RateState = Mapping[int, ClientRate]
+"""Partition id -> what is known about it; a client never seen starts at ratio 1."""
+
+
+@dataclass(frozen=True)
+class RateDecision:
+    """What one decision saw and did.
+
+    Attributes
+    ----------
+    reference : partition id of the reference client; None if nobody has been timed yet.
+    target_s : update time that everybody should reach.
+    update_times_s : partition id -> median update time it was based on.
+    changed : clients with a new ratio.
+    newly_floored : clients whose pruning was given up in this decision.
+    """
+
+    reference: int | None
+    target_s: float
+    update_times_s: Mapping[int, float]
+    changed: tuple[int, ...]
+    newly_floored: tuple[int, ...]
+
+
+def record_time(state: RateState, partition_id: int, update_time_s: float) -> dict[int, ClientRate]:
+    """Note one client's update time of one round.
+
+    Raises
+    ------
+    RateError
+        If the time is not positive and finite.
+    """
+    if not 0 < update_time_s < float("inf"):
+        raise RateError(f"client {partition_id}: update time must be positive and finite, got {update_time_s}")
+    client = state.get(partition_id, ClientRate())
+    return {**state, partition_id: replace(client, times_s=(*client.times_s, update_time_s)[-64:])}
+
+
+def update_rates(state: RateState, params: RateParams) -> tuple[dict[int, ClientRate], RateDecision]:
+    """One pruning decision: (state, what was observed in it) -> (state, decision).
+
+    The reference is the fastest client *that is still unpruned*: with the minimum over all, timing noise and one-way
+    pruning would ratchet everybody down.
+    """
+    timed = {pid: client for pid, client in sorted(state.items()) if client.times_s}
+    if not timed:
+        return dict(state), RateDecision(None, 0.0, {}, (), ())
+    unpruned = {pid: client for pid, client in timed.items() if client.retention_ratio >= 1.0}
+    reference = min(unpruned or timed, key=lambda pid: (timed[pid].update_time_s, pid))
+    target_s = (1 + params.slack) * timed[reference].update_time_s
+    updated, changed, floored = dict(state), [], []
+    for pid, client in timed.items():
+        if pid == reference or len(client.times_s) < params.min_timed_rounds:
+            continue
+        phi = client.update_time_s
+        history = _with_point(client.history, (phi, client.retention_ratio))
+        ratio = _next_ratio(client.retention_ratio, phi, target_s, history, params)
+        if ratio != client.retention_ratio:
+            updated[pid] = ClientRate(ratio, (), history)
+            changed.append(pid)
+            continue
+        at_floor = client.retention_ratio <= params.min_retention_ratio and phi > (1 + params.dead_band) * target_s
+        updated[pid] = replace(client, history=history, is_floored=at_floor)
+        if at_floor and not client.is_floored:
+            floored.append(pid)
+    times = {pid: client.update_time_s for pid, client in timed.items()}
+    return updated, RateDecision(reference, target_s, times, tuple(changed), tuple(floored))
+
+
+def _next_ratio(
+    gamma: float, phi: float, target_s: float, history: Sequence[tuple[float, float]], params: RateParams
+) -> float:
+    """Next retention ratio of one client; ``gamma`` itself means no change."""
+    if phi <= (1 + params.dead_band) * target_s:
+        if params.regrow and gamma < 1 and phi < (1 - params.dead_band) * target_s:
+            guess = newton_ratio(history[-2:], target_s) if len(history) > 1 else gamma * target_s / phi
+            grown = min(1.0, max(guess, gamma), gamma * (1 + params.max_step))
+            return grown if grown >= gamma * (1 + params.min_step) else gamma
+        return gamma
+    if len(history) < 2:
+        step = params.alpha * (phi - target_s) / phi
+    else:
+        guess = newton_ratio(history[-3:], target_s)
+        if not 0 < guess < gamma:
+            guess = newton_ratio(history[-2:], target_s)
+        if not 0 < guess < gamma:
+            guess = gamma * target_s / phi
+        step = 1 - guess / gamma
+    step = min(step, params.max_step)
+    if step < params.min_step:
+        return gamma
+    return max(params.min_retention_ratio, gamma * (1 - step)) if gamma > params.min_retention_ratio else gamma
+
+
+def newton_ratio(points: Sequence[tuple[float, float]], phi: float) -> float:
+    """Newton's divided-difference polynomial through ``points`` (update time, gamma), read at ``phi``.
+
+    ``gamma(phi) = g[0] + g[0,1] (phi - phi_0) + g[0,1,2] (phi - phi_0)(phi - phi_1) + ...``
+    """
+    times = [time for time, _ in points]
+    table = [gamma for _, gamma in points]
+    value, product = table[0], 1.0
+    for order in range(1, len(points)):
+        table = [
+            (table[i + 1] - table[i]) / (times[i + order] - times[i]) if times[i + order] != times[i] else float("nan")
+            for i in range(len(points) - order)
+        ]
+        product *= phi - times[order - 1]
+        value += table[0] * product
+    return value
+
+
+def _with_point(
+    history: Sequence[tuple[float, float]], point: tuple[float, float]
+) -> tuple[tuple[float, float], ...]:
+    """Append a point; one with the same gamma, or an update time within 1 %, is replaced by the newer."""
+    phi, gamma = point
+    kept = [(p, g) for p, g in history if g != gamma and abs(p - phi) > 0.01 * phi]
+    return (*kept, point)

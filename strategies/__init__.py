@@ -1,0 +1,11 @@
+"""One short file per method, and the event loop they share."""
+
+from strategies.adaptcl import AdaptCL
+from strategies.base import SubModelStrategy
+from strategies.fedavg import FedAvg
+from strategies.heterofl import HeteroFL
+
+STRATEGIES: dict[str, type[SubModelStrategy]] = {kind.name: kind for kind in (FedAvg, HeteroFL, AdaptCL)}
+"""Every method by the name that ``strategy = ...`` takes."""
+
+__all__ = ["STRATEGIES", "AdaptCL", "FedAvg", "HeteroFL", "SubModelStrategy"]

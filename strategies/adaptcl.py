@@ -1,0 +1,178 @@
+"""AdaptCL (Zhou et al. 2021, arXiv 2106.14126): learn each client's pruning rate until all are as fast as the fastest.
+
+The server knows nothing about devices but their update times. Every ``pruning-interval`` rounds it cuts the clients
+that are slower than the fastest unpruned one (``pruning.rates``), along one frozen order of all units, so that
+sub-models are nested. Aggregation by worker: theta_k = sum_w n_w m_wk theta_wk / sum_w n_w, an entry that a client does
+not hold counts as zero. What is the paper's and what is ours: docs/fidelity.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pruning.importance import METHODS, score_units
+from pruning.merge import MergeRule, coverage_mean, everybody_mean, holders_mean, residual_mean
+from pruning.rates import ClientRate, RateDecision, RateParams, RateState, record_time, update_rates
+from pruning.select import NestedFamily, nested_family
+from pruning.spec import SubModelSpec
+from strategies.base import Order, SubModelStrategy
+from strategies.exchange import Arrival
+from wire.flat import require
+from wire.message import Report
+
+
+@dataclass(frozen=True)
+class AdaptCLConfig:
+    """Settings of AdaptCL.
+
+    Attributes
+    ----------
+    pruning_interval : rounds between two decisions.
+    rates : the rate learner's knobs.
+    importance : ``bn-scale``, ``l1`` or ``l2``.
+    order : ``constant`` (ranked once, at the first decision) or ``refreshed`` (at every decision; ablation).
+    identical : one order for all clients; if not, each client's is shuffled by its own seed (ablation: not nested).
+    scope : ``bounded``, ``global`` or ``per-layer`` (see ``pruning.select.nested_family``).
+    layer_bound : of the bounded scope.
+    round_to : wide layers keep a multiple of this.
+    aggregation : ``by-worker``, ``by-unit``, ``by-worker-residual`` or ``by-coverage``.
+    coverage_threshold : of ``by-coverage``.
+    """
+
+    pruning_interval: int = 5
+    rates: RateParams = RateParams()
+    importance: str = "bn-scale"
+    order: str = "constant"
+    identical: bool = True
+    scope: str = "bounded"
+    layer_bound: float = 0.5
+    round_to: int = 1
+    aggregation: str = "by-coverage"
+    coverage_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(self.pruning_interval >= 1, "pruning-interval", self.pruning_interval, ">= 1")
+        require(0 < self.layer_bound <= 1, "layer-bound", self.layer_bound, "in (0, 1]")
+        require(0 < self.coverage_threshold <= 1, "coverage-threshold", self.coverage_threshold, "in (0, 1]")
+        require(self.round_to >= 1, "round-to", self.round_to, ">= 1")
+        for key, value, choices in (
+            ("importance", self.importance, tuple(m for m in METHODS if m != "taylor")),
+            ("order", self.order, ("constant", "refreshed")),
+            ("scope", self.scope, ("bounded", "global", "per-layer")),
+            ("aggregation", self.aggregation, ("by-worker", "by-unit", "by-worker-residual", "by-coverage")),
+        ):
+            require(value in choices, key, value, " or ".join(map(repr, choices)))
+
+
+class AdaptCL(SubModelStrategy):
+    """Learned rates, nested sub-models."""
+
+    name = "adaptcl"
+    Config = AdaptCLConfig
+    config: AdaptCLConfig
+    _rates: RateState = {}
+    _scores: Mapping[str, np.ndarray] | None = None
+    _families: dict[int, NestedFamily] = {}
+
+    def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
+        """Decide the rates when it is time; then everybody trains the member of the family that its rate names."""
+        if server_round > 1 and (server_round - 1) % self.config.pruning_interval == 0:
+            self._decide(server_round)
+        return {pid: Order(self.evaluation_spec(pid)) for pid in clients}
+
+    def observe(self, arrival: Arrival, report: Report) -> None:
+        """Note the update time; the only thing AdaptCL ever learns about a device."""
+        self._rates = record_time(self._rates, arrival.entry.partition_id, arrival.duration.update_time_s)
+
+    def merge_rule(self) -> MergeRule:
+        """The configured aggregation."""
+        return {
+            "by-unit": holders_mean,
+            "by-worker": everybody_mean,
+            "by-worker-residual": residual_mean,
+            "by-coverage": coverage_mean(self.config.coverage_threshold),
+        }[self.config.aggregation]
+
+    def evaluation_spec(self, partition_id: int) -> SubModelSpec:
+        """The sub-model of the client's present rate."""
+        ratio = self._rates.get(partition_id, ClientRate()).retention_ratio
+        return SubModelSpec() if ratio >= 1 or self._scores is None else self._family_of(partition_id).member(ratio)
+
+    def family(self) -> dict[str, SubModelSpec]:
+        """One member for each rate in use, rounded to two digits."""
+        ratios = sorted({round(client.retention_ratio, 2) for client in self._rates.values()})
+        if self._scores is None or not self.config.identical:
+            return {}
+        return {f"{ratio:.2f}": self._family_of(0).member(ratio) for ratio in ratios if ratio < 1}
+
+    def _decide(self, server_round: int) -> None:
+        if self._scores is None or self.config.order == "refreshed":
+            self._scores = score_units(self.progress.state, self.layout, self.config.importance)
+            self._families = {}
+        self._rates, decision = update_rates(self._rates, self.config.rates)
+        for pid in decision.newly_floored:
+            self.warn(
+                server_round,
+                f"client {pid} stays slower than the target ({decision.update_times_s[pid]:.3g} s, target "
+                f"{decision.target_s:.3g} s) at the floor of {self.config.rates.min_retention_ratio:g}; part of its "
+                "update time does not shrink with the model, or min-retention-ratio is too high",
+            )
+        self._log(server_round, decision)
+
+    def _log(self, server_round: int, decision: RateDecision) -> None:
+        order = json.dumps({name: units for name, units in self._family_of(0).order.items()})
+        self.listen(
+            {
+                "event": "decision",
+                "server_round": server_round,
+                "reference": decision.reference,
+                "reference_s": decision.target_s,
+                "rates": {str(pid): client.retention_ratio for pid, client in sorted(self._rates.items())},
+                "update_times_s": {str(pid): time_s for pid, time_s in decision.update_times_s.items()},
+                "floors": [pid for pid, client in sorted(self._rates.items()) if client.is_floored],
+                "order_hash": hashlib.sha256(order.encode()).hexdigest()[:16],
+            }
+        )
+
+    def _family_of(self, partition_id: int) -> NestedFamily:
+        """The client's family; the same for all when orders are identical."""
+        key = 0 if self.config.identical else partition_id
+        if key not in self._families:
+            assert self._scores is not None
+            scores = dict(self._scores)
+            if not self.config.identical:
+                rng = np.random.default_rng((self.seed, partition_id))
+                scores = {name: rng.permutation(score) for name, score in scores.items()}
+            c = self.config
+            self._families = {
+                **self._families,
+                key: nested_family(self.layout, self.cost, scores, c.scope, c.layer_bound, c.round_to),
+            }
+        return self._families[key]
+
+    def export_state(self) -> dict[str, Any]:
+        """Rates, histories and the frozen scores."""
+        scores = None if self._scores is None else {name: score.tolist() for name, score in self._scores.items()}
+        return {"rates": {str(pid): asdict(client) for pid, client in self._rates.items()}, "scores": scores}
+
+    def import_state(self, own: dict[str, Any]) -> None:
+        """Go on from ``export_state``."""
+        self._rates = {
+            int(pid): ClientRate(
+                raw["retention_ratio"],
+                tuple(raw["times_s"]),
+                tuple((float(phi), float(gamma)) for phi, gamma in raw["history"]),
+                raw["is_floored"],
+            )
+            for pid, raw in own["rates"].items()
+        }
+        scores = own["scores"]
+        self._scores = None if scores is None else {name: np.array(score) for name, score in scores.items()}
+        self._families = {}

@@ -1,0 +1,540 @@
+"""SubModelStrategy: the one event loop of every method.
+
+plan -> send -> arrivals -> observe, weigh -> merge -> evaluate -> log -> checkpoint. A method says *which units, for
+whom, when, and with what weight* in a few hooks; it never sees a message, a grid or a record.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fleet.clock import DurationModel
+from pruning.compress import densify
+from pruning.cost import CostModel
+from pruning.extract import extract
+from pruning.groups import Layout
+from pruning.merge import AggregateResult, MaskedMean, MergeRule, holders_mean, is_finite
+from pruning.spec import FULL, SubModelSpec
+from strategies.exchange import Arrival, Entry, Exchange, Transport
+from wire.flat import ConfigError, Scalar, require
+from wire.grid import GridTransport
+from wire.message import Failure, Instruction, Job, Report, State
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_DISPATCH = 10**9
+"""Evaluations are numbered apart, so that evaluating more often does not change what is trained."""
+
+
+class RunStoppedError(RuntimeError):
+    """The run cannot go on; the last checkpoint holds everything merged so far."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Who is asked, when a round closes, and what late answers count. Three independent choices.
+
+    Attributes
+    ----------
+    clients_per_round : free clients asked at the start of a round; 0 for all.
+    quorum : close the round at this many merged answers; 0 waits for everybody.
+    deadline_s : or after this long with at least one; 0 for none.
+    max_staleness : answers older than this many global versions are dropped.
+    staleness : weight of an answer s versions old: ``constant``, ``polynomial:A`` ((1 + s)^-A) or ``hinge:A:B``
+        (1 while s <= B, then 1 / (A (s - B) + 1)) (Xie et al. 2019, section 5.2).
+    mixing_rate : share of the merge that the global model takes over, in (0, 1].
+    max_empty_rounds : stop after this many rounds in a row without a usable answer.
+    """
+
+    clients_per_round: int = 0
+    quorum: int = 0
+    deadline_s: float = 0.0
+    max_staleness: int = 0
+    staleness: str = "constant"
+    mixing_rate: float = 1.0
+    max_empty_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(self.clients_per_round >= 0, "clients-per-round", self.clients_per_round, ">= 0")
+        require(self.quorum >= 0, "quorum", self.quorum, ">= 0")
+        require(self.deadline_s >= 0, "deadline-s", self.deadline_s, ">= 0")
+        require(self.max_staleness >= 0, "max-staleness", self.max_staleness, ">= 0")
+        require(0 < self.mixing_rate <= 1, "mixing-rate", self.mixing_rate, "in (0, 1]")
+        require(self.max_empty_rounds >= 1, "max-empty-rounds", self.max_empty_rounds, ">= 1")
+        staleness_weight(self.staleness, 0)
+
+    @property
+    def is_barrier(self) -> bool:
+        """Whether every round waits for everybody it asked."""
+        return self.quorum == 0 and self.deadline_s == 0
+
+
+def staleness_weight(rule: str, staleness: int) -> float:
+    """Weight of an answer ``staleness`` versions old under a rule of ``LoopConfig.staleness``."""
+    kind, *numbers = rule.split(":")
+    try:
+        values = [float(number) for number in numbers]
+        if kind == "constant" and not values:
+            return 1.0
+        if kind == "polynomial" and len(values) == 1 and values[0] >= 0:
+            return float((1 + staleness) ** -values[0])
+        if kind == "hinge" and len(values) == 2 and values[0] > 0:
+            return 1.0 if staleness <= values[1] else 1 / (values[0] * (staleness - values[1]) + 1)
+    except ValueError:
+        pass
+    raise ConfigError(f"staleness: got {rule!r}, expected 'constant', 'polynomial:A' or 'hinge:A:B'")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a method asks of one client.
+
+    Attributes
+    ----------
+    spec : the sub-model it gets.
+    objective, settings : what it minimises.
+    """
+
+    spec: SubModelSpec = FULL
+    objective: str = "cross-entropy"
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+Listener = Callable[[dict[str, Any]], None]
+Evaluator = Callable[[State, Mapping[str, SubModelSpec]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything a strategy needs to know about the run it serves.
+
+    Attributes
+    ----------
+    job : what clients are told about model, data and training.
+    layout, cost : of the global model.
+    loop : who, when and with what weight.
+    durations : of the simulated fleet; None in deployment.
+    evaluate : central evaluation of (state, family of named specs), every ``evaluate_every`` rounds; None for none.
+    evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
+    """
+
+    job: Job
+    layout: Layout
+    cost: CostModel
+    loop: LoopConfig = LoopConfig()
+    durations: DurationModel | None = None
+    evaluate: Evaluator | None = None
+    evaluate_clients: bool = False
+    evaluate_every: int = 1
+    reply_timeout_s: float = 600.0
+
+
+@dataclass
+class Progress:
+    """Where the loop stands; what a checkpoint holds beside the method's own state."""
+
+    state: dict[str, torch.Tensor]
+    server_round: int = 0
+    global_version: int = 0
+    now_s: float = 0.0
+    next_dispatch: int = 0
+    last_dispatch: dict[int, int] = field(default_factory=dict)
+    held: list[Arrival] = field(default_factory=list)
+
+
+class SubModelStrategy(Strategy):
+    """Trains one global model on clients that hold parts of it.
+
+    Subclasses set ``name`` and ``Config`` and override hooks; the defaults are FedAvg.
+
+    Parameters
+    ----------
+    config : the method's own settings, an instance of ``Config``.
+    setting : the run.
+    listen : receives every row of the event log.
+    keep : called after every merge with the progress and the method's state; writes the checkpoint.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    sends_deltas: ClassVar[bool] = False
+    """Whether answers are merged as differences; always so when they may be stale."""
+
+    def __init__(
+        self,
+        config: Any,
+        setting: Setting,
+        listen: Listener = lambda row: None,
+        keep: Callable[[Progress, dict[str, Any]], None] = lambda progress, own: None,
+    ) -> None:
+        self.config, self.setting, self.listen, self.keep = config, setting, listen, keep
+        self.layout, self.cost, self.loop = setting.layout, setting.cost, setting.loop
+        self.seed = setting.job.seed
+        self.progress = Progress({})
+        self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
+
+    # --- what a method decides ---------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Called once before the first round of a fresh run; ``self.progress.state`` is the initial model."""
+
+    def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
+        """Say what each of ``clients`` is asked for; a client left out is not asked this round."""
+        return {partition_id: Order() for partition_id in clients}
+
+    def observe(self, arrival: Arrival, report: Report) -> None:
+        """Learn from a valid answer (update times, label counts) before it is weighed."""
+
+    def weigh(self, report: Report, staleness: int) -> float:
+        """Weight of an answer in the merge."""
+        return report.num_examples * staleness_weight(self.loop.staleness, staleness)
+
+    def narrow(self, entry: Entry, report: Report) -> SubModelSpec | None:
+        """The part of the answer that is merged, if not all of it."""
+        return report.narrowed
+
+    def merge_rule(self) -> MergeRule:
+        """How sums become values where only some clients hold an entry."""
+        return holders_mean
+
+    def family(self) -> dict[str, SubModelSpec]:
+        """Named sub-models worth evaluating beside the global model."""
+        return {}
+
+    def export_state(self) -> dict[str, Any]:
+        """The method's own state for a checkpoint: JSON values, and tensors in dicts."""
+        return {}
+
+    def import_state(self, own: dict[str, Any]) -> None:
+        """Inverse of ``export_state``."""
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def start(  # type: ignore[override]
+        self,
+        grid: Grid | Transport,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run until round ``num_rounds`` and return Flower's result. ``grid`` may be any transport.
+
+        Raises
+        ------
+        RunStoppedError
+            If several rounds in a row brought no usable answer.
+        """
+        if self.loop.quorum > self.setting.job.num_clients:
+            raise ConfigError(
+                f"config: loop.quorum: got {self.loop.quorum}, but there are only {self.setting.job.num_clients} clients"
+            )
+        transport = self._transport(grid)
+        if initial_arrays is not None and not self.progress.state:
+            self.progress.state = dict(initial_arrays.to_torch_state_dict())
+            self.begin()
+        progress, result = self.progress, Result()
+        exchange = Exchange(
+            transport, self.setting.durations, progress.now_s, progress.next_dispatch, self.setting.reply_timeout_s
+        )
+        exchange.hold(progress.held)
+        num_empty = 0
+        if progress.server_round == 0:
+            self._evaluate(exchange, 0, result, evaluate_fn)
+        try:
+            for server_round in range(progress.server_round + 1, num_rounds + 1):
+                num_merged = self._round(exchange, server_round)
+                num_empty = 0 if num_merged else num_empty + 1
+                if num_empty >= self.loop.max_empty_rounds:
+                    raise RunStoppedError(
+                        f"no usable answer in {num_empty} rounds in a row; see the reasons of the arrivals in the event "
+                        "log; the last checkpoint is kept"
+                    )
+                progress.server_round, progress.now_s = server_round, exchange.now_s
+                progress.next_dispatch = exchange.next_dispatch
+                if server_round % self.setting.evaluate_every == 0 or server_round == num_rounds:
+                    self._evaluate(exchange, server_round, result, evaluate_fn)
+                progress.held = [] if self.loop.is_barrier or not exchange.is_virtual else exchange.held()
+                self.keep(progress, self.export_state())
+        finally:
+            transport.close()
+        result.arrays = ArrayRecord(progress.state)
+        return result
+
+    def _transport(self, grid: Grid | Transport) -> Transport:
+        if isinstance(grid, Grid):
+            window = 16 if self.setting.durations is not None else self.setting.job.num_clients
+            return GridTransport(grid, self.setting.job.num_clients, window, self.setting.reply_timeout_s)
+        return grid
+
+    def _round(self, exchange: Exchange, server_round: int) -> int:
+        """One round: ask, collect, merge. Returns the number of answers merged."""
+        progress = self.progress
+        start_s, started = exchange.now_s, set()
+        self._extracted.clear()
+        for partition_id, order in self.plan(server_round, self._ask(exchange, server_round)).items():
+            started.add(self._dispatch(exchange, server_round, partition_id, order))
+        mean = MaskedMean(progress.state, self.layout)
+        rows, cpu_s = [], 0.0
+        for arrival in self._arrivals(exchange, mean, start_s, len(started)):
+            began = time.process_time()
+            rows.append(self._take(arrival, mean))
+            cpu_s += time.process_time() - began
+        exchange.advance_to(max((row["finish_s"] for row in rows), default=start_s))
+        for row in sorted(rows, key=lambda row: (row["finish_s"], row["partition_id"])):
+            self.listen({"event": "arrival", "server_round": server_round, **row})
+        began = time.process_time()
+        merged = mean.finalize(self.loop.mixing_rate, self.merge_rule()) if mean.num_merged else None
+        if merged is not None and not all(map(is_finite, merged.state.values())):
+            self.warn(server_round, "the merge overflowed to infinity and was discarded; lower the learning rate")
+            merged = None
+        if merged is None:
+            self.warn(server_round, "no usable answer in this round")
+            return 0
+        progress.state = merged.state
+        progress.global_version += 1
+        self._log_merge(merged, server_round, exchange.now_s, cpu_s + time.process_time() - began)
+        return merged.num_merged
+
+    def _ask(self, exchange: Exchange, server_round: int) -> list[int]:
+        """Free and available clients, as many as a round asks, drawn by the run's seed."""
+        durations, busy = self.setting.durations, exchange.busy()
+        free = [pid for pid in exchange.transport.clients() if pid not in busy]
+        if durations is not None:
+            awake = [pid for pid in free if durations.is_available(pid, exchange.now_s)]
+            while free and not awake and not busy:
+                exchange.advance_to(exchange.now_s + max(1.0, 0.01 * exchange.now_s))
+                awake = [pid for pid in free if durations.is_available(pid, exchange.now_s)]
+            free = awake
+        wanted = self.loop.clients_per_round
+        if not wanted or wanted >= len(free):
+            return free
+        rng = np.random.default_rng((self.seed, server_round))
+        return sorted(int(pid) for pid in rng.choice(free, size=wanted, replace=False))
+
+    def _dispatch(self, exchange: Exchange, server_round: int, partition_id: int, order: Order) -> int:
+        job = self.setting.job
+        wants_delta = self.sends_deltas or self.loop.max_staleness > 0 or job.compression.kind != "none"
+        blank = Instruction(
+            action="train",
+            dispatch=-1,
+            partition_id=partition_id,
+            server_round=server_round,
+            global_version=self.progress.global_version,
+            job=job,
+            state={},
+            spec=order.spec,
+            objective=order.objective,
+            settings=order.settings,
+            last_dispatch=self.progress.last_dispatch.get(partition_id, -1),
+            wants_delta=wants_delta,
+        )
+        entry = Entry(
+            -1, partition_id, server_round, self.progress.global_version, order.spec, exchange.now_s, download_bytes=0
+        )
+        state = self.progress.state  # of this version, however late the request is sent
+
+        def make(dispatch: int) -> Instruction:
+            return replace(blank, dispatch=dispatch, state=self._extract(state, order.spec))
+
+        return exchange.dispatch(make, lambda dispatch: replace(entry, dispatch=dispatch))
+
+    def _extract(self, state: State, spec: SubModelSpec) -> dict[str, torch.Tensor]:
+        """Equal specs of one version are extracted once; the cache holds few, for specs may all differ."""
+        if state is not self.progress.state:
+            return extract(state, self.layout, spec)
+        if spec not in self._extracted:
+            if len(self._extracted) >= 8:
+                self._extracted.pop(next(iter(self._extracted)))
+            self._extracted[spec] = extract(state, self.layout, spec)
+        return self._extracted[spec]
+
+    def _arrivals(self, exchange: Exchange, mean: MaskedMean, start_s: float, num_asked: int) -> Iterable[Arrival]:
+        """Yield answers until the round closes."""
+        if self.loop.is_barrier:
+            while (arrival := exchange.next_in_dispatch_order()) is not None:
+                yield arrival
+            return
+        deadline_s = start_s + self.loop.deadline_s if self.loop.deadline_s else math.inf
+        while not self.loop.quorum or mean.num_merged < self.loop.quorum:
+            arrival = exchange.next_arrival(deadline_s)
+            if arrival is None and math.isfinite(deadline_s):
+                exchange.advance_to(deadline_s)
+                if not mean.num_merged:  # a deadline closes a round only once something has arrived
+                    arrival = exchange.next_arrival()
+            if arrival is None:
+                return
+            yield arrival
+            if exchange.now_s >= deadline_s and mean.num_merged:
+                return
+
+    def _take(self, arrival: Arrival, mean: MaskedMean) -> dict[str, Any]:
+        """Check one answer, observe and weigh it, add it to the merge; returns its row of the event log."""
+        entry, answer = arrival.entry, arrival.answer
+        staleness = self.progress.global_version - entry.global_version
+        if isinstance(answer, Failure):
+            return self._row(arrival, staleness, "failed", answer.reason)
+        if staleness > self.loop.max_staleness:
+            return self._row(arrival, staleness, "late", f"{staleness} versions old, {self.loop.max_staleness} allowed")
+        try:
+            report = self._check(entry, answer)
+            mean.add(report.state, entry.spec, self.weigh(report, staleness), narrowed=self.narrow(entry, report))
+        except ValueError as error:
+            return self._row(arrival, staleness, "rejected", str(error))
+        self.observe(arrival, report)
+        self.progress.last_dispatch[entry.partition_id] = entry.dispatch
+        return self._row(arrival, staleness, "merged", "")
+
+    def _check(self, entry: Entry, report: Report) -> Report:
+        """The report with dense values, or ``ValueError`` if it is unusable."""
+        if report.num_examples < 0 or not all(math.isfinite(v) for v in report.metrics.values()):
+            raise ValueError(f"report: num-examples {report.num_examples} or metrics {dict(report.metrics)} unusable")
+        if not report.is_delta:
+            return report
+        current = self._extract(self.progress.state, entry.spec)
+        delta = densify(report.state, current) if report.is_sparse else report.state
+        if delta.keys() - current.keys() or any(delta[k].shape != current[k].shape for k in delta):
+            raise ValueError("report: its update does not fit the sub-model that was sent")
+        # A stale answer is a step from where it started; taken from here, newer weights are not replaced.
+        values = {k: current[k] + d if d.is_floating_point() else d for k, d in delta.items()}
+        return replace(report, state=values, is_delta=False, is_sparse=False)
+
+    def _row(self, arrival: Arrival, staleness: int, status: str, reason: str) -> dict[str, Any]:
+        entry, duration = arrival.entry, arrival.duration
+        row: dict[str, Any] = {
+            "partition_id": entry.partition_id,
+            "status": status,
+            "reason": reason,
+            "global_version_sent": entry.global_version,
+            "staleness": staleness,
+            "start_s": entry.start_s,
+            "finish_s": arrival.finish_s,
+            "download_s": duration.download_s,
+            "compute_s": duration.compute_s,
+            "upload_s": duration.upload_s,
+            "update_time_s": duration.update_time_s,
+            "download_bytes": entry.download_bytes,
+            "upload_bytes": 0,
+            "retention_ratio": self.cost.retention_ratio(entry.spec),
+            "widths": {name: len(units) for name, units in entry.spec.kept},
+            "depth": entry.spec.depth,
+        }
+        if isinstance(arrival.answer, Report):
+            report = arrival.answer
+            row |= {
+                "upload_bytes": sum(t.numel() * t.element_size() for t in report.state.values()),
+                "num_examples": report.num_examples,
+                "train_macs": report.train_macs,
+                "peak_memory_bytes": report.peak_memory_bytes,
+                "measured_compute_s": report.compute_s,
+                **{k: v for k, v in report.metrics.items() if k not in row},
+            }
+        return row
+
+    def _log_merge(self, merged: AggregateResult, server_round: int, time_s: float, cpu_s: float) -> None:
+        self.listen(
+            {
+                "event": "merge",
+                "server_round": server_round,
+                "global_version": self.progress.global_version,
+                "time_s": time_s,
+                "num_merged": merged.num_merged,
+                "n_star": merged.n_star,
+                "uncovered_ratio": merged.uncovered_ratio,
+                "coverage": {k: v / merged.num_merged for k, v in merged.mean_holders().items()},
+                "merge_cpu_s": cpu_s,
+            }
+        )
+
+    def warn(self, server_round: int, message: str) -> None:
+        """Put a warning into the event log."""
+        self.listen({"event": "warning", "server_round": server_round, "message": message})
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluate(
+        self,
+        exchange: Exchange,
+        server_round: int,
+        result: Result,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> None:
+        progress = self.progress
+        where = {"server_round": server_round, "global_version": progress.global_version, "time_s": exchange.now_s}
+        if self.setting.evaluate is not None:
+            row = self.setting.evaluate(progress.state, self.family())
+            self.listen({"event": "evaluation", "where": "central", **where, **row})
+            result.evaluate_metrics_serverapp[server_round] = MetricRecord(
+                {k: float(row[k]) for k in ("accuracy", "loss") if k in row}
+            )
+        if evaluate_fn is not None:
+            metrics = evaluate_fn(server_round, ArrayRecord(progress.state))
+            if metrics is not None:
+                result.evaluate_metrics_serverapp[server_round] = metrics
+        if self.setting.evaluate_clients:
+            row = self._evaluate_clients(exchange, server_round)
+            if row:
+                self.listen({"event": "evaluation", "where": "federated", **where, **row})
+                result.evaluate_metrics_clientapp[server_round] = MetricRecord(
+                    {k: float(row[k]) for k in ("accuracy", "loss")}
+                )
+
+    def _evaluate_clients(self, exchange: Exchange, server_round: int) -> dict[str, Any]:
+        """Every free client tests its own sub-model on its own test part; takes no time on the run's clock."""
+        busy = exchange.busy()
+        free = [pid for pid in exchange.transport.clients() if pid not in busy]
+        orders = {pid: self.evaluation_spec(pid) for pid in free}
+        instructions = [
+            Instruction(
+                action="evaluate",
+                dispatch=EVALUATION_DISPATCH + server_round * self.setting.job.num_clients + pid,
+                partition_id=pid,
+                server_round=server_round,
+                global_version=self.progress.global_version,
+                job=self.setting.job,
+                state=self._extract(self.progress.state, spec),
+                spec=spec,
+                last_dispatch=self.progress.last_dispatch.get(pid, -1),
+            )
+            for pid, spec in orders.items()
+        ]
+        reports = [answer for answer in exchange.ask_aside(instructions) if isinstance(answer, Report)]
+        total = sum(report.num_examples for report in reports)
+        if not total:
+            return {}
+        return {
+            "accuracy": sum(r.metrics["accuracy"] * r.num_examples for r in reports) / total,
+            "loss": sum(r.metrics["loss"] * r.num_examples for r in reports) / total,
+            "num_examples": total,
+            "clients": {str(r.partition_id): r.metrics["accuracy"] for r in sorted(reports, key=lambda r: r.partition_id)},
+        }
+
+    def evaluation_spec(self, partition_id: int) -> SubModelSpec:
+        """The sub-model that a client would deploy."""
+        return FULL
+
+    # --- Flower's own loop is not used ------------------------------------------------------------------------------
+
+    def configure_train(self, *args: object, **kwargs: object) -> Any:
+        """Belongs to Flower's round loop, which ``start`` replaces."""
+        raise RuntimeError(f"{type(self).__name__} runs its own event loop: call start(grid, ...), not its steps")
+
+    aggregate_train = configure_evaluate = aggregate_evaluate = configure_train
+
+    def summary(self) -> None:
+        """Say what this strategy is made of."""
+        logger.info("%s: %s; %s", self.name, self.config, self.loop)

@@ -1,0 +1,245 @@
+"""Exchange: who was asked what, when the answer arrives, and in which order answers are handed on.
+
+In simulation the order in which the workers of one machine finish means nothing. Time is virtual there: an answer
+arrives when the client's device would have delivered it, and the exchange waits for all outstanding answers before it
+hands on the earliest. In deployment the clock is the wall. Strategies do not notice the difference.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from fleet.clock import Duration, DurationModel
+from pruning.spec import SubModelSpec
+from wire.message import Failure, Instruction, Report, state_bytes
+
+
+class Transport(Protocol):
+    """How instructions reach clients: ``wire.local.LocalTransport`` or ``wire.grid.GridTransport``."""
+
+    @property
+    def window(self) -> int:
+        """Requests worth having under way at once."""
+
+    def clients(self) -> list[int]:
+        """Partition ids that can be addressed."""
+
+    def send(self, instruction: Instruction) -> None:
+        """Send one request."""
+
+    def receive(self, timeout_s: float) -> list[Report | Failure]:
+        """Return the answers that are ready; wait up to ``timeout_s`` for the first."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger: a request under way.
+
+    Attributes
+    ----------
+    dispatch, partition_id, server_round, global_version : as in the instruction.
+    spec : what the client was sent, so that replies carry no masks.
+    start_s : when it was sent, on the run's clock.
+    download_bytes : of its tensors.
+    """
+
+    dispatch: int
+    partition_id: int
+    server_round: int
+    global_version: int
+    spec: SubModelSpec
+    start_s: float
+    download_bytes: int
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An answer, with the request it belongs to and the time it took.
+
+    Attributes
+    ----------
+    entry : the request.
+    answer : a ``Report``, or a ``Failure`` with the reason.
+    duration : of its parts, in seconds on the run's clock.
+    finish_s : when it arrived, on the run's clock.
+    """
+
+    entry: Entry
+    answer: Report | Failure
+    duration: Duration
+    finish_s: float
+
+
+class Exchange:
+    """The ledger, the clock and the transport of one run.
+
+    Parameters
+    ----------
+    transport : carries the messages.
+    durations : the simulated fleet's; None in deployment, where the wall clock counts.
+    now_s, next_dispatch : where a resumed run goes on.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        durations: DurationModel | None,
+        now_s: float = 0.0,
+        next_dispatch: int = 0,
+        reply_timeout_s: float = 600.0,
+    ) -> None:
+        self.transport, self.durations, self.reply_timeout_s = transport, durations, reply_timeout_s
+        self.next_dispatch = next_dispatch
+        self._now_s = now_s
+        self._wall_zero = time.monotonic() - now_s
+        self._queue: deque[tuple[Entry, Callable[[], Instruction]]] = deque()
+        self._under_way: dict[int, tuple[Entry, float]] = {}
+        self._order: deque[int] = deque()
+        self._ready: dict[int, Arrival] = {}
+
+    @property
+    def is_virtual(self) -> bool:
+        """Whether time is simulated."""
+        return self.durations is not None
+
+    @property
+    def now_s(self) -> float:
+        """Seconds since the run began, on the run's clock."""
+        return self._now_s if self.is_virtual else time.monotonic() - self._wall_zero
+
+    def advance_to(self, time_s: float) -> None:
+        """Move the virtual clock on; never back. The wall needs no help."""
+        self._now_s = max(self._now_s, time_s)
+
+    def busy(self) -> set[int]:
+        """Partition ids of the clients with a request under way."""
+        held = {arrival.entry.partition_id for arrival in self._ready.values()}
+        return held | {e.partition_id for e, _ in self._queue} | {e.partition_id for e, _ in self._under_way.values()}
+
+    def held(self) -> list[Arrival]:
+        """Answers computed but not yet handed on: they lie in the virtual future."""
+        self._pump_until_all_ready()
+        return [self._ready[dispatch] for dispatch in sorted(self._ready)]
+
+    def hold(self, arrivals: list[Arrival]) -> None:
+        """Take over the held answers of an interrupted run."""
+        for arrival in arrivals:
+            self._ready[arrival.entry.dispatch] = arrival
+            self._order.append(arrival.entry.dispatch)
+
+    def dispatch(self, make: Callable[[int], Instruction], entry: Callable[[int], Entry]) -> int:
+        """Queue one request. ``make`` builds the instruction when a worker is near, so that few exist at a time."""
+        number = self.next_dispatch
+        self.next_dispatch += 1
+        self._queue.append((entry(number), lambda: make(number)))
+        self._order.append(number)
+        if not self.is_virtual:
+            self._fill()
+        return number
+
+    def next_in_dispatch_order(self) -> Arrival | None:
+        """Hand on the answer to the oldest request: for barriers, where only the latest arrival matters.
+
+        Nothing is held back, so a round's memory does not grow with its clients.
+        """
+        while self._order:
+            if self._order[0] in self._ready:
+                return self._ready.pop(self._order.popleft())
+            self._pump()
+        return None
+
+    def next_arrival(self, until_s: float = math.inf) -> Arrival | None:
+        """Hand on the next answer in order of time; None if none arrives by ``until_s`` or nothing is under way."""
+        if self.is_virtual:
+            self._pump_until_all_ready()
+        else:
+            while not self._ready and (self._under_way or self._queue) and self.now_s < until_s:
+                self._pump(max(0.0, min(1.0, until_s - self.now_s)))
+        if not self._ready:
+            return None
+        first = min(self._ready.values(), key=lambda arrival: (arrival.finish_s, arrival.entry.dispatch))
+        if self.is_virtual and first.finish_s > until_s:
+            return None
+        self._order.remove(first.entry.dispatch)
+        self.advance_to(first.finish_s)
+        return self._ready.pop(first.entry.dispatch)
+
+    def _pump_until_all_ready(self) -> None:
+        while self._queue or self._under_way:
+            self._pump()
+
+    def _fill(self) -> None:
+        """Send what the window has room for."""
+        while self._queue and (not self.is_virtual or len(self._under_way) < self.transport.window):
+            entry, make = self._queue.popleft()
+            instruction = make()
+            entry = replace(entry, download_bytes=state_bytes(instruction.state))
+            if self.durations is not None and self.durations.drops_out(entry.partition_id, entry.dispatch):
+                self._settle(entry, Failure(entry.dispatch, entry.partition_id, "the device dropped out"))
+                continue
+            self._under_way[entry.dispatch] = (entry, time.monotonic())
+            self.transport.send(instruction)
+
+    def _pump(self, timeout_s: float = 1.0) -> None:
+        self._fill()
+        if not self._under_way:
+            return
+        for answer in self.transport.receive(timeout_s):
+            self._accept(answer)
+        overdue = time.monotonic() - self.reply_timeout_s
+        for entry, sent in [item for item in self._under_way.values() if item[1] < overdue]:
+            del self._under_way[entry.dispatch]
+            self._settle(entry, Failure(entry.dispatch, entry.partition_id, f"no answer in {self.reply_timeout_s:g} s"))
+
+    def ask_aside(self, instructions: Sequence[Instruction]) -> list[Report | Failure]:
+        """Ask beside the ledger and the clock (evaluations); returns the answers in the order asked."""
+        waiting, asked, answers = deque(instructions), dict[int, float](), dict[int, Report | Failure]()
+        while waiting or asked:
+            while waiting and len(asked) + len(self._under_way) < max(self.transport.window, len(self._under_way) + 1):
+                asked[waiting[0].dispatch] = time.monotonic()
+                self.transport.send(waiting.popleft())
+            for answer in self.transport.receive(1.0):
+                if answer.dispatch in asked:
+                    del asked[answer.dispatch]
+                    answers[answer.dispatch] = answer
+                else:
+                    self._accept(answer)
+            for dispatch in [d for d, sent in asked.items() if time.monotonic() - sent > self.reply_timeout_s]:
+                del asked[dispatch]
+        return [answers[item.dispatch] for item in instructions if item.dispatch in answers]
+
+    def _accept(self, answer: Report | Failure) -> None:
+        """Match an answer with the ledger; one to a request not under way is unknown or repeated: nobody waits."""
+        entry, _ = self._under_way.pop(answer.dispatch, (None, 0.0))
+        if entry is None:
+            return
+        if entry.partition_id != answer.partition_id:
+            answer = Failure(entry.dispatch, entry.partition_id, f"answer signed by client {answer.partition_id}")
+        self._settle(entry, answer)
+
+    def _settle(self, entry: Entry, answer: Report | Failure) -> None:
+        """Note an answer and when it arrives."""
+        upload_bytes = state_bytes(answer.state) if isinstance(answer, Report) else 0
+        train_macs = answer.train_macs if isinstance(answer, Report) else 0.0
+        if self.durations is not None:
+            duration = self.durations.duration(
+                entry.partition_id, entry.dispatch, train_macs, entry.download_bytes, upload_bytes, entry.start_s
+            )
+            finish_s = entry.start_s + duration.update_time_s
+        else:
+            compute_s = answer.compute_s if isinstance(answer, Report) else 0.0
+            elapsed_s = max(0.0, self.now_s - entry.start_s)
+            travel_s = max(0.0, elapsed_s - compute_s)
+            total = max(1, entry.download_bytes + upload_bytes)
+            share = entry.download_bytes / total
+            duration = Duration(travel_s * share, min(compute_s, elapsed_s), travel_s * (1 - share))
+            finish_s = self.now_s
+        self._ready[entry.dispatch] = Arrival(entry, answer, duration, finish_s)

@@ -1,0 +1,244 @@
+"""What the server asks of a client, and what the client answers. Nothing here depends on how messages travel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pruning.spec import FULL, SubModelSpec
+from wire.flat import Scalar, require
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network.
+
+    Attributes
+    ----------
+    name : zoo name, ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``.
+    width : multiplies every width, > 0 (zoo models).
+    exits : with exit heads at a quarter, half, three quarters and all of the depth (zoo models that have them).
+    """
+
+    name: str = "cnn"
+    width: float = 1.0
+    exits: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(self.width > 0, "width", self.width, "a positive number")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data, and how clients share it.
+
+    Attributes
+    ----------
+    name : ``digits``, ``cifar10``, ``cifar100``, ``mnist``, ``fashion-mnist``, ``npz:PATH``, ``folder:PATH``,
+        ``hub:NAME`` or ``package.module:function``.
+    dir : directory of the torchvision data sets.
+    download : let torchvision or the hub download them.
+    partition : ``iid``, ``dirichlet:ALPHA``, ``pathological:CLASSES`` or ``quantity:SIGMA``.
+    min_size : least examples of a client.
+    test_ratio : share of its examples that a client keeps for its own test.
+    max_train : use only this many training examples; 0 for all.
+    max_test : of the server's held-out set; 0 for all.
+    seed : of the partition.
+    """
+
+    name: str = "digits"
+    dir: str = "data"
+    download: bool = False
+    partition: str = "dirichlet:0.5"
+    min_size: int = 10
+    test_ratio: float = 0.2
+    max_train: int = 0
+    max_test: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(self.min_size >= 2, "min-size", self.min_size, "at least 2 (one example to train on, one to test)")
+        require(0 < self.test_ratio < 1, "test-ratio", self.test_ratio, "a number in (0, 1)")
+        require(self.max_train >= 0, "max-train", self.max_train, ">= 0")
+        require(self.max_test >= 0, "max-test", self.max_test, ">= 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a client trains.
+
+    Attributes
+    ----------
+    local_epochs : passes over its examples in one round.
+    batch_size : examples a step.
+    learning_rate : of the first round.
+    schedule : ``constant``, or ``cosine`` to zero over the run's rounds.
+    momentum, nesterov, weight_decay : of SGD.
+    label_smoothing : in [0, 1).
+    sparsity : factor of the regulariser on BatchNorm scales (never on their biases).
+    sparsity_norm : ``l1``, or ``group-lasso`` over all weights of each unit.
+    augment : ``none`` or ``flip-shift``.
+    max_grad_norm : clip to it; 0 for no clipping.
+    device : ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    local_epochs: int = 1
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    schedule: str = "constant"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    sparsity: float = 0.0
+    sparsity_norm: str = "l1"
+    augment: str = "none"
+    max_grad_norm: float = 0.0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(self.local_epochs >= 1, "local-epochs", self.local_epochs, ">= 1")
+        require(self.batch_size >= 1, "batch-size", self.batch_size, ">= 1")
+        require(self.learning_rate > 0, "learning-rate", self.learning_rate, "> 0")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        require(self.weight_decay >= 0, "weight-decay", self.weight_decay, ">= 0")
+        require(0 <= self.label_smoothing < 1, "label-smoothing", self.label_smoothing, "in [0, 1)")
+        require(self.sparsity >= 0, "sparsity", self.sparsity, ">= 0")
+        require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, ">= 0")
+        for key, value, choices in (
+            ("schedule", self.schedule, ("constant", "cosine")),
+            ("sparsity-norm", self.sparsity_norm, ("l1", "group-lasso")),
+            ("augment", self.augment, ("none", "flip-shift")),
+            ("device", self.device, ("cpu", "cuda", "auto")),
+        ):
+            require(value in choices, key, value, " or ".join(map(repr, choices)))
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How uploads are compressed.
+
+    Attributes
+    ----------
+    kind : ``none``, or ``dgc``: the largest entries of the update, the rest kept for later (Lin et al. 2018).
+    density : share of the entries of each tensor that is sent, in (0, 1].
+    momentum : momentum correction of the accumulated update, in [0, 1); 0 when the optimiser has its own.
+    """
+
+    kind: str = "none"
+    density: float = 0.1
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(self.kind in ("none", "dgc"), "kind", self.kind, "'none' or 'dgc'")
+        require(0 < self.density <= 1, "density", self.density, "in (0, 1]")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same for all instructions of a run.
+
+    Attributes
+    ----------
+    model, data, train : the configurations above.
+    num_clients : partitions of the data.
+    num_rounds : of the run, for learning-rate schedules.
+    seed : of the run.
+    compression : of uploads.
+    store_dir : where clients keep what must survive between rounds.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    num_clients: int
+    num_rounds: int
+    seed: int
+    compression: CompressionConfig = CompressionConfig()
+    store_dir: str = ""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One request to one client; self-contained.
+
+    Attributes
+    ----------
+    action : ``train`` or ``evaluate``.
+    dispatch : number of this request, unique in the run.
+    partition_id : the client's share of the data.
+    server_round, global_version : when it was sent, and of which global model it is a part.
+    spec : what the client keeps; ``state`` is the extracted sub-model.
+    objective : name of what the client minimises, with its ``settings``.
+    last_dispatch : the client's last request whose reply was merged; its own state continues from there. -1 for none.
+    wants_delta : answer with the difference to ``state`` instead of the trained values.
+    """
+
+    action: str
+    dispatch: int
+    partition_id: int
+    server_round: int
+    global_version: int
+    job: Job
+    state: State
+    spec: SubModelSpec = FULL
+    objective: str = "cross-entropy"
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+    last_dispatch: int = -1
+    wants_delta: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """One client's answer.
+
+    Attributes
+    ----------
+    dispatch, partition_id : of the request it answers.
+    state : trained entries of the sub-model; empty after an evaluation. With ``is_delta``, differences to what was
+        received; with ``is_sparse``, as ``pruning.compress.sparsify`` writes them.
+    num_examples : trained or evaluated on.
+    label_counts : examples by class, [num_classes].
+    train_macs : executed, forward and backward, by the whole request.
+    compute_s : measured on the client's clock.
+    peak_memory_bytes : weights, gradients, optimiser state and the activations of the largest batch, counted while
+        training.
+    metrics : ``loss``, ``accuracy`` and what the objective adds.
+    narrowed : the part of the spec the client really trained, if it is not all of it.
+    """
+
+    dispatch: int
+    partition_id: int
+    state: State
+    num_examples: int
+    label_counts: tuple[int, ...] = ()
+    train_macs: float = 0.0
+    compute_s: float = 0.0
+    peak_memory_bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    is_delta: bool = False
+    is_sparse: bool = False
+    narrowed: SubModelSpec | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that will not be answered: the client raised, died, or took too long."""
+
+    dispatch: int
+    partition_id: int
+    reason: str
+
+
+def state_bytes(state: State) -> int:
+    """Bytes of the tensors of a state dict."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
