@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from pruning.extract import embed, extract, resize
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from wire.message import Instruction, ModelConfig, Report, TrainConfig
-from zoo import get_model
+from zoo import get_model, model_names
 
 META = torch.device("meta")
 
@@ -78,8 +78,12 @@ def full_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, int
     """The full model without storage, and its layout."""
     options: dict[str, Any] = {} if config.width == 1 else {"width": config.width}
     options |= {"exits": True} if config.exits else {}
+    build = partial(get_model, config.name, num_classes, shape[0], shape[1], **options)
+    if config.name not in model_names():  # a layout is traced on real tensors
+        model, layout = build()
+        return model.to(META), layout
     with META:
-        return get_model(config.name, num_classes=num_classes, in_channels=shape[0], image_size=shape[1], **options)
+        return build()
 
 
 @lru_cache(maxsize=64)

@@ -127,6 +127,7 @@ class Setting:
     loop : who, when and with what weight.
     durations : of the simulated fleet; None in deployment.
     evaluate : central evaluation of (state, family of named specs), every ``evaluate_every`` rounds; None for none.
+        The family is shown every ``family_every`` rounds.
     evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
     """
 
@@ -138,6 +139,7 @@ class Setting:
     evaluate: Evaluator | None = None
     evaluate_clients: bool = False
     evaluate_every: int = 1
+    family_every: int = 1
     reply_timeout_s: float = 600.0
 
 
@@ -476,7 +478,8 @@ class SubModelStrategy(Strategy):
         progress = self.progress
         where = {"server_round": server_round, "global_version": progress.global_version, "time_s": exchange.now_s}
         if self.setting.evaluate is not None:
-            row = self.setting.evaluate(progress.state, self.family())
+            is_due = server_round % self.setting.family_every == 0 or server_round == self.setting.job.num_rounds
+            row = self.setting.evaluate(progress.state, self.family() if is_due else {})
             self.listen({"event": "evaluation", "where": "central", **where, **row})
             result.evaluate_metrics_serverapp[server_round] = MetricRecord(
                 {k: float(row[k]) for k in ("accuracy", "loss") if k in row}

@@ -1,0 +1,139 @@
+"""Checkpoints: the whole state of a run after a merge, in one file, written atomically, read without unpickling."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fleet.clock import Duration
+from strategies.base import Progress
+from strategies.exchange import Arrival, Entry
+from wire.grid import spec_from_json, spec_to_json
+from wire.message import Failure, Report
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, unreadable, or belongs to another kind of run."""
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, own: dict[str, Any], config: Mapping[str, Any], num_rows: int, keep: int
+) -> Path:
+    """Write ``folder/round-N.pt`` and drop all but the newest ``keep``.
+
+    Parameters
+    ----------
+    progress : of the event loop.
+    own : the method's state; JSON values under ``json``-able keys, tensors in dicts.
+    config : flat run config, so that a resumed run can be checked against it.
+    num_rows : rows of the event log so far.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = [_arrival_to_plain(arrival) for arrival in progress.held]
+    scalars = {name: getattr(progress, name) for name in ("server_round", "global_version", "now_s", "next_dispatch")}
+    content = {
+        "format": FORMAT,
+        "state": progress.state,
+        "held_states": [arrival.answer.state if isinstance(arrival.answer, Report) else {} for arrival in progress.held],
+        "json": json.dumps(
+            {
+                **scalars,
+                "last_dispatch": {str(pid): dispatch for pid, dispatch in progress.last_dispatch.items()},
+                "held": held,
+                "config": dict(config),
+                "num_rows": num_rows,
+            }
+        ),
+        "own": own,
+    }
+    target = folder / f"round-{progress.server_round:06d}.pt"
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    for old in sorted(folder.glob("round-*.pt"))[:-keep]:
+        old.unlink(missing_ok=True)
+    return target
+
+
+def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any], int]:
+    """Read a checkpoint file, or the newest of a run folder: (progress, the method's state, flat config, rows logged).
+
+    Raises
+    ------
+    CheckpointError
+        If there is none or it cannot be read.
+    """
+    if path.is_dir():
+        found = sorted((path / "checkpoints").glob("round-*.pt"))
+        if not found:
+            raise CheckpointError(f"resume: {path} holds no checkpoint; expected checkpoints/round-*.pt")
+        path = found[-1]
+    if not path.exists():
+        raise CheckpointError(f"resume: there is no checkpoint {path}")
+    try:
+        content = torch.load(path, weights_only=True)
+        plain = json.loads(content["json"])
+    except Exception as error:
+        raise CheckpointError(f"resume: {path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"resume: {path} has format {content['format']}, this version reads {FORMAT}")
+    progress = Progress(
+        state=content["state"],
+        server_round=plain["server_round"],
+        global_version=plain["global_version"],
+        now_s=plain["now_s"],
+        next_dispatch=plain["next_dispatch"],
+        last_dispatch={int(pid): dispatch for pid, dispatch in plain["last_dispatch"].items()},
+        held=[
+            _arrival_from_plain(raw, state) for raw, state in zip(plain["held"], content["held_states"], strict=True)
+        ],
+    )
+    return progress, content["own"], plain["config"], plain["num_rows"]
+
+
+def _arrival_to_plain(arrival: Arrival) -> dict[str, Any]:
+    entry = {f.name: getattr(arrival.entry, f.name) for f in fields(Entry) if f.name != "spec"}
+    answer = {f.name: getattr(arrival.answer, f.name) for f in fields(arrival.answer) if f.name not in _NOT_PLAIN}
+    is_report = isinstance(arrival.answer, Report)
+    return {
+        "entry": entry,
+        "spec": spec_to_json(arrival.entry.spec),
+        "answer": answer | ({"metrics": dict(arrival.answer.metrics)} if isinstance(arrival.answer, Report) else {}),
+        "is_report": is_report,
+        "narrowed": spec_to_json(arrival.answer.narrowed) if isinstance(arrival.answer, Report) else "",
+        "duration": asdict(arrival.duration),
+        "finish_s": arrival.finish_s,
+    }
+
+
+_NOT_PLAIN = {"state", "narrowed", "metrics"}
+
+
+def _arrival_from_plain(raw: dict[str, Any], state: dict[str, torch.Tensor]) -> Arrival:
+    spec = spec_from_json(raw["spec"])
+    assert spec is not None
+    entry = Entry(**raw["entry"], spec=spec)
+    answer: Report | Failure = Failure(**raw["answer"]) if not raw["is_report"] else _report(raw, state)
+    return Arrival(entry, answer, Duration(**raw["duration"]), raw["finish_s"])
+
+
+def _report(raw: dict[str, Any], state: dict[str, torch.Tensor]) -> Report:
+    answer = dict(raw["answer"])
+    answer["label_counts"] = tuple(answer["label_counts"])
+    return Report(**answer, state=state, narrowed=spec_from_json(raw["narrowed"]))

@@ -1,0 +1,231 @@
+"""The run config: flat kebab-case keys <-> frozen dataclasses. Everything a run can be told is a field here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from strategies import STRATEGIES
+from strategies.base import LoopConfig
+from wire.flat import ConfigError, Scalar, cast_scalar, from_flat, known_keys, nearest, require, to_flat
+from wire.message import CompressionConfig, DataConfig, ModelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """Who the simulated clients are.
+
+    Attributes
+    ----------
+    name : ``uniform``, ``linear:SIGMA``, ``two-tier``, ``jetson-16``, ``long-tail`` or a TOML file; ``none`` in
+        deployment, where the clock is the wall.
+    noise : relative standard deviation of durations.
+    drop_out : probability that a client does not answer.
+    """
+
+    name: str = "linear:5"
+    noise: float = 0.02
+    drop_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(0 <= self.noise < 1, "noise", self.noise, "in [0, 1)")
+        require(0 <= self.drop_out < 1, "drop-out", self.drop_out, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is evaluated, where and how often.
+
+    Attributes
+    ----------
+    where : ``central`` (the server's held-out set), ``federated`` (each client's own test part) or ``both``.
+    every : rounds between two evaluations; the last round is always evaluated.
+    family_every : rounds between two evaluations of the sub-models in use.
+    calibration : share of the held-out set kept, unlabelled, for re-estimating BatchNorm statistics.
+    """
+
+    where: str = "central"
+    every: int = 1
+    family_every: int = 5
+    calibration: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        places = ("central", "federated", "both")
+        require(self.where in places, "where", self.where, " or ".join(map(repr, places)))
+        require(self.every >= 1, "every", self.every, ">= 1")
+        require(self.family_every >= 1, "family-every", self.family_every, ">= 1")
+        require(0 < self.calibration < 1, "calibration", self.calibration, "in (0, 1)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run.
+
+    Attributes
+    ----------
+    strategy : a name of ``strategies.STRATEGIES``; its own settings are the keys ``STRATEGY.*``.
+    num_rounds, num_clients, seed : of the run.
+    transport : ``grid`` (Flower's engines) or ``local`` (a pool of processes, without Flower's engine).
+    num_workers : client processes of this machine; 0 for as many as cores (``local``: 0 for none, in process).
+    reply_timeout_s : a client that takes longer, on the wall, has failed.
+    keep_checkpoints : newest checkpoints kept.
+    run_dir : folder of this run; chosen below ``results/`` when empty.
+    resume : checkpoint, or folder of a run, to continue.
+    """
+
+    strategy: str = "adaptcl"
+    num_rounds: int = 40
+    num_clients: int = 10
+    seed: int = 0
+    transport: str = "grid"
+    num_workers: int = 0
+    reply_timeout_s: float = 600.0
+    keep_checkpoints: int = 2
+    run_dir: str = ""
+    resume: str = ""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    loop: LoopConfig = LoopConfig()
+    fleet: FleetConfig = FleetConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    compression: CompressionConfig = CompressionConfig()
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(
+            self.strategy in STRATEGIES,
+            "strategy",
+            self.strategy,
+            f"one of {', '.join(STRATEGIES)}{nearest(self.strategy, STRATEGIES)}",
+        )
+        require(self.num_rounds >= 1, "num-rounds", self.num_rounds, ">= 1")
+        require(self.num_clients >= 1, "num-clients", self.num_clients, ">= 1")
+        require(self.seed >= 0, "seed", self.seed, ">= 0")
+        require(self.transport in ("grid", "local"), "transport", self.transport, "'grid' or 'local'")
+        require(self.num_workers >= 0, "num-workers", self.num_workers, ">= 0")
+        require(self.reply_timeout_s > 0, "reply-timeout-s", self.reply_timeout_s, "> 0")
+        require(self.keep_checkpoints >= 1, "keep-checkpoints", self.keep_checkpoints, ">= 1")
+        require(
+            self.loop.quorum <= self.num_clients,
+            "loop.quorum",
+            self.loop.quorum,
+            f"at most the number of clients, {self.num_clients}",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run and the settings of its method.
+
+    Attributes
+    ----------
+    run : what every run has.
+    method : instance of the strategy's ``Config``.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    method: Any = None
+
+    def flat(self) -> dict[str, Scalar]:
+        """Every key in force, the chosen strategy's only."""
+        return to_flat(self.run) | to_flat(self.method, self.run.strategy + ".")
+
+
+def parse(flat: Mapping[str, Any]) -> Config:
+    """Read a run config; absent keys take their defaults.
+
+    Raises
+    ------
+    ConfigError
+        If a key is unknown, or a value has the wrong type or range. Settings of other strategies are checked as well.
+    """
+    every = _all_keys()
+    for key in flat:
+        if key not in every:
+            raise ConfigError(f"config: unknown key {key!r}{nearest(key, every)}")
+    general = {key: value for key, value in flat.items() if key in known_keys(RunConfig)}
+    run = from_flat(RunConfig, general)
+    for name, kind in STRATEGIES.items():
+        own = {key: value for key, value in flat.items() if key.startswith(name + ".")}
+        method = from_flat(kind.Config, own, name + ".")
+        if name == run.strategy:
+            chosen = method
+    return Config(run, chosen)
+
+
+def parse_overrides(words: list[str]) -> dict[str, Scalar]:
+    """``["num-rounds=20", "strategy=heterofl"]`` -> typed values.
+
+    Raises
+    ------
+    ConfigError
+        If a word is no ``key=value``, the key is unknown, or the value has the wrong type.
+    """
+    every, flat = _all_keys(), {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"config: expected key=value, got {word!r}")
+        if key not in every:
+            raise ConfigError(f"config: unknown key {key!r}{nearest(key, every)}")
+        flat[key] = _read(key, text, every[key])
+    return flat
+
+
+def _read(key: str, text: str, kind: type) -> Scalar:
+    if kind is str:
+        return text.strip("'\"")
+    try:
+        return cast_scalar(key, json.loads(text), kind)
+    except json.JSONDecodeError:
+        raise ConfigError(f"config: {key}: expected {kind.__name__}, got {text!r}") from None
+
+
+def defaults() -> dict[str, Scalar]:
+    """Every key there is, with its default: the content of ``[tool.flwr.app.config]``."""
+    flat = to_flat(RunConfig())
+    for name, kind in STRATEGIES.items():
+        flat |= to_flat(kind.Config(), name + ".")
+    return flat
+
+
+def absolute(config: Config, base: Path) -> Config:
+    """Paths made absolute, relative to ``base``: clients and server run in other directories."""
+    data, run = config.run.data, config.run
+    kind, colon, path = data.name.partition(":")
+    if colon and kind in ("npz", "folder"):
+        data = replace(data, name=f"{kind}:{_join(base, path)}")
+    data = replace(data, dir=_join(base, data.dir))
+    fleet = run.fleet
+    if fleet.name.endswith(".toml"):
+        fleet = replace(fleet, name=_join(base, fleet.name))
+    paths = {name: _join(base, getattr(run, name)) for name in ("run_dir", "resume") if getattr(run, name)}
+    return replace(config, run=replace(run, data=data, fleet=fleet, **paths))
+
+
+def _join(base: Path, path: str) -> str:
+    return os.path.normpath(base / Path(path).expanduser())
+
+
+def _all_keys() -> dict[str, type]:
+    every = known_keys(RunConfig)
+    for name, kind in STRATEGIES.items():
+        every |= known_keys(kind.Config, name + ".")
+    return every
+
+
+def as_toml(flat: Mapping[str, Scalar]) -> str:
+    """Flat keys as TOML lines; dotted keys become tables by TOML's own rule."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in flat.items())
+
+
+if __name__ == "__main__":
+    print(as_toml(defaults()), end="")
+

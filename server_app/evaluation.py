@@ -1,0 +1,80 @@
+"""Central evaluation: the global model and its family on the server's held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from client_app.data import Examples
+from client_app.handler import evaluate
+from pruning.cost import CostModel
+from pruning.extract import extract, resize
+from pruning.groups import Layout
+from pruning.spec import FULL, SubModelSpec
+from wire.message import State
+
+
+class CentralEvaluator:
+    """Tests a state and named sub-models of it.
+
+    Every model is tested twice: with the BatchNorm statistics it has, and with statistics re-estimated on unlabelled
+    calibration images, for merged statistics of unequal widths describe no network exactly.
+
+    Parameters
+    ----------
+    model : full model; its weights are overwritten.
+    layout, cost : of the full model.
+    held_out : examples no client has.
+    calibration_ratio : the first share of them serves calibration, the rest the test.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, cost: CostModel, held_out: Examples, calibration_ratio: float
+    ) -> None:
+        self.model, self.layout, self.cost = model, layout, cost
+        cut = max(2, min(1024, int(len(held_out) * calibration_ratio)))
+        self.calibration = Examples(held_out.x[:cut], held_out.y[:cut], held_out.mean, held_out.std)
+        self.test = Examples(held_out.x[cut:], held_out.y[cut:], held_out.mean, held_out.std)
+
+    def __call__(self, state: State, family: Mapping[str, SubModelSpec]) -> dict[str, Any]:
+        """Accuracy and loss of the global model; accuracies of the family; the name of the best member."""
+        row: dict[str, Any] = {"num_examples": len(self.test), **self._test(state, FULL)}
+        members = []
+        for name, spec in family.items():
+            tested = self._test(state, spec)
+            members.append({"name": name, "retention_ratio": self.cost.retention_ratio(spec), **tested})
+        if members:
+            base = {"name": "base", "retention_ratio": 1.0, **{k: v for k, v in row.items() if k != "num_examples"}}
+            row["family"] = [*members, base]
+            row["best"] = max(row["family"], key=lambda m: max(m["accuracy"], m["accuracy_reestimated"]))["name"]
+        return row
+
+    def _test(self, state: State, spec: SubModelSpec) -> dict[str, float]:
+        self.model.load_state_dict(dict(state))
+        model = resize(self.model, self.layout, spec) if spec != FULL else self.model
+        if spec != FULL:
+            model.load_state_dict(extract(state, self.layout, spec))
+        metrics = evaluate(model, self.test)
+        reestimate_batch_norm(model, self.calibration)
+        return {**metrics, "accuracy_reestimated": evaluate(model, self.test)["accuracy"]}
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, examples: Examples, batch_size: int = 256) -> None:
+    """Replace all BatchNorm running statistics by the means over batches of ``examples``."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+    model.train()
+    for start in range(0, max(1, len(examples) - 1), batch_size):
+        model(examples.batch(slice(start, start + batch_size))[0])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()

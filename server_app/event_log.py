@@ -1,0 +1,45 @@
+"""The event log: one JSON object a line, appended and flushed as things happen."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class EventLog:
+    """Writes rows; the only interface between running and reporting.
+
+    Parameters
+    ----------
+    path : JSONL file, appended to.
+    echo : also receives every row (the terminal's progress).
+    num_rows : rows that a resumed log already has.
+    """
+
+    def __init__(self, path: Path, echo: Callable[[dict[str, Any]], None] = lambda row: None, num_rows: int = 0) -> None:
+        self.num_rows, self.time_s, self.server_round = num_rows, 0.0, 0
+        self._echo = echo
+        self._began = time.monotonic()
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row, with the wall time since the run began in seconds."""
+        row = {"event": row["event"], "wall_s": round(time.monotonic() - self._began, 6), **row}
+        self._file.write(json.dumps(row, allow_nan=False, default=float) + "\n")
+        self._file.flush()
+        self.num_rows += 1
+        self.time_s = row.get("time_s", self.time_s)
+        self.server_round = max(self.server_round, row.get("server_round", 0))
+        self._echo(row)
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

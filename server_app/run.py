@@ -1,0 +1,219 @@
+"""One run: configuration -> model, data, fleet, strategy -> event log, checkpoints, summary, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
+from torch import nn
+
+from client_app.data import examples_of, load_images, partitions
+from fleet.clock import DurationModel
+from fleet.fleet import make_fleet
+from fleet.partition import label_counts
+from pruning.cost import measure_costs
+from pruning.groups import Layout
+from reporting.progress import Progress as TerminalProgress
+from reporting.report import write_report
+from server_app.checkpoint import load_checkpoint, save_checkpoint
+from server_app.config import Config, as_toml
+from server_app.evaluation import CentralEvaluator
+from server_app.event_log import EventLog
+from strategies import STRATEGIES
+from strategies.base import Progress, Setting, SubModelStrategy
+from strategies.exchange import Transport
+from wire.flat import ConfigError
+from wire.message import Job
+from zoo import get_model
+
+MAY_DIFFER = ("num-rounds", "num-workers", "run-dir", "resume", "transport", "reply-timeout-s", "keep-checkpoints")
+"""Keys that a resumed run may change: nothing already merged depends on them."""
+
+
+class RunFolderError(ValueError):
+    """The folder of a run cannot be written."""
+
+
+def run(config: Config, transport: Grid | Transport, show: Callable[[str], None] = print) -> Path:
+    """Carry out one run and return its folder.
+
+    Raises
+    ------
+    ConfigError, ModelError, DataError, FleetError, CheckpointError, RunFolderError
+        If the run cannot start: nothing has been trained then.
+    RunStoppedError
+        If it cannot go on; the folder holds the log and the last checkpoint.
+    """
+    folder = prepare_folder(config)
+    resumed = _resume(config, folder) if config.run.resume else None
+    terminal = TerminalProgress(config.run.num_rounds)
+    with EventLog(folder / "events.jsonl", echo=terminal.on_event, num_rows=resumed[2] if resumed else 0) as log:
+        try:
+            strategy, state = build(config, folder, log.write, log)
+            if resumed:
+                strategy.progress = resumed[0]
+                strategy.import_state(resumed[1])
+            strategy.start(transport, ArrayRecord(state), config.run.num_rounds)
+        except KeyboardInterrupt:
+            log.write({"event": "end", "status": "interrupted", "reason": "interrupted by the user", **_where(log)})
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            log.write({"event": "end", "status": "failed", "reason": reason, **_where(log)})
+            raise
+        log.write({"event": "end", "status": "completed", "reason": "", **_where(log)})
+    show(f"report: {write_report(folder)}")
+    return folder
+
+
+def prepare_folder(config: Config) -> Path:
+    """Make the run's folder and write the resolved configuration into it."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(config.run.run_dir or f"results/{stamp}-{config.run.strategy}-{os.getpid()}").absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(as_toml(config.flat()), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"run-dir: cannot write to {folder}: {error.strerror}; choose another run-dir") from error
+    if (folder / "events.jsonl").exists():
+        raise RunFolderError(f"run-dir: {folder} already holds a run; choose another, or use resume={folder}")
+    return folder
+
+
+def build(config: Config, folder: Path, listen: Callable[[dict[str, Any]], None], log: EventLog) -> tuple[
+    SubModelStrategy, dict[str, torch.Tensor]
+]:
+    """Build the strategy and the initial model of a run, and log who takes part."""
+    run_config = config.run
+    data = load_images(run_config.data)
+    held_out = examples_of(data, data.x_test, data.y_test)
+    if len(held_out) < 4:
+        raise ConfigError(f"config: data.max-test: the held-out set has {len(held_out)} examples, expected at least 4")
+    shape = tuple(held_out.x.shape[1:])
+    torch.manual_seed(run_config.seed)
+    model, layout = make_model(config, data.num_classes, shape)
+    cost = measure_costs(model, layout, torch.zeros(2, *shape))
+    fleet = run_config.fleet
+    durations = None
+    if fleet.name != "none":
+        devices = make_fleet(fleet.name, run_config.num_clients, seed=run_config.seed, drop_out=fleet.drop_out)
+        durations = DurationModel(devices, seed=run_config.seed, noise=fleet.noise)
+    job = Job(
+        model=run_config.model,
+        data=run_config.data,
+        train=run_config.train,
+        num_clients=run_config.num_clients,
+        num_rounds=run_config.num_rounds,
+        seed=run_config.seed,
+        compression=run_config.compression,
+        store_dir=str(folder / "clients"),
+    )
+    evaluation = run_config.evaluation
+    evaluator = None
+    if evaluation.where != "federated":
+        evaluator = CentralEvaluator(model, layout, cost, held_out, evaluation.calibration)
+    setting = Setting(
+        job=job,
+        layout=layout,
+        cost=cost,
+        loop=run_config.loop,
+        durations=durations,
+        evaluate=evaluator,
+        evaluate_clients=evaluation.where != "central",
+        evaluate_every=evaluation.every,
+        family_every=evaluation.family_every,
+        reply_timeout_s=run_config.reply_timeout_s,
+    )
+
+    def keep(progress: Progress, own: dict[str, Any]) -> None:
+        save_checkpoint(folder / "checkpoints", progress, own, config.flat(), log.num_rows, run_config.keep_checkpoints)
+
+    strategy = STRATEGIES[run_config.strategy](config.method, setting, listen, keep)
+    parts = partitions(run_config.data, run_config.num_clients)
+    if not run_config.resume:
+        counts = label_counts(data.y_train, parts, data.num_classes)
+        listen(_run_row(config, data.name, model))
+        listen({"event": "clients", "clients": _clients(counts, durations)})
+    return strategy, {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+
+
+def make_model(config: Config, num_classes: int, shape: tuple[int, ...]) -> tuple[nn.Module, Layout]:
+    """The full model of a run, with fresh weights, and its layout."""
+    options: dict[str, Any] = {} if config.run.model.width == 1 else {"width": config.run.model.width}
+    options |= {"exits": True} if config.run.model.exits else {}
+    return get_model(config.run.model.name, num_classes, shape[0], shape[1], **options)
+
+
+def _run_row(config: Config, data_name: str, model: nn.Module) -> dict[str, Any]:
+    versions = {name: version(name) for name in ("flwr", "torch", "numpy")} | {"python": platform.python_version()}
+    return {
+        "event": "run",
+        "config": config.flat(),
+        "versions": versions,
+        "strategy": config.run.strategy,
+        "model": config.run.model.name,
+        "data": data_name,
+        "num_clients": config.run.num_clients,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "seed": config.run.seed,
+    }
+
+
+def _clients(counts: np.ndarray, durations: DurationModel | None) -> list[dict[str, Any]]:
+    rows = []
+    for pid, row in enumerate(counts):
+        client = {"partition_id": pid, "num_examples": int(row.sum()), "label_counts": [int(c) for c in row]}
+        if durations is not None:
+            device = durations.fleet.devices[pid]
+            client |= {
+                "device": device.name,
+                "train_flops": device.train_flops,
+                "uplink_bytes_per_s": device.uplink_bytes_per_s,
+                "downlink_bytes_per_s": device.downlink_bytes_per_s,
+                "memory_bytes": device.memory_bytes,
+            }
+        rows.append(client)
+    return rows
+
+
+def _resume(config: Config, folder: Path) -> tuple[Progress, dict[str, Any], int]:
+    """Take over an earlier run: its progress, the method's state, and its log and client memories up to there."""
+    source = Path(config.run.resume)
+    progress, own, before, num_rows = load_checkpoint(source)
+    now = config.flat()
+    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in MAY_DIFFER]
+    if changed:
+        what = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+        raise ConfigError(f"config: resume: the run that is continued was configured differently: {what}")
+    home = source if source.is_dir() else source.parent.parent
+    with (home / "events.jsonl").open("rb") as old, (folder / "events.jsonl").open("wb") as new:
+        for _ in range(num_rows):
+            new.write(old.readline())
+    if (home / "clients").is_dir():
+        shutil.copytree(home / "clients", folder / "clients", dirs_exist_ok=True)
+    return progress, own, num_rows
+
+
+def _where(log: EventLog) -> dict[str, Any]:
+    return {"time_s": log.time_s, "num_rounds": log.server_round}
+
+
+def read_end(folder: Path) -> dict[str, Any]:
+    """The ``end`` row of a run's log; empty if it has none."""
+    last: dict[str, Any] = {}
+    with (folder / "events.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            last = row if row["event"] == "end" else last
+    return last
