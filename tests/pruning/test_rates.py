@@ -1,0 +1,120 @@
+"""Pruned-rate learning: the timing model of docs/fidelity.md, and every guard."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.interpolate import KroghInterpolator
+
+from pruning.rates import ClientRate, RateError, RateParams, newton_ratio, record_time, update_rates
+
+TIMING = RateParams(min_retention_ratio=0.02)
+
+
+def simulate(sigma, params=TIMING, num_rounds=150, interval=10, noise=0.02, seed=0, fixed=0.0, num_clients=10):
+    """Clients whose update times are base * (fixed + (1 - fixed) * gamma); returns speed-up, decisions, ratios."""
+    rng = np.random.default_rng(seed)
+    base, ratios, state = np.linspace(1, sigma, num_clients), np.ones(num_clients), {}
+    total, unpruned, aligned_after, floored = 0.0, 0.0, None, []
+    for server_round in range(num_rounds):
+        jitter = 1 + noise * rng.standard_normal(num_clients)
+        times = base * (fixed + (1 - fixed) * ratios) * jitter
+        total, unpruned = total + times.max(), unpruned + (base * jitter).max()
+        for client in range(num_clients):
+            state = record_time(state, client, float(times[client]))
+        if (server_round + 1) % interval == 0:
+            state, decision = update_rates(state, params)
+            floored += decision.newly_floored
+            ratios = np.array([state[client].retention_ratio for client in range(num_clients)])
+            if aligned_after is None and (base * (fixed + (1 - fixed) * ratios)).max() <= 1.1:
+                aligned_after = (server_round + 1) // interval
+    return unpruned / total, aligned_after, ratios, floored
+
+
+@pytest.mark.parametrize(("sigma", "speed_up", "decisions"), [(2, 1.75, 3), (5, 3.3, 4), (10, 4.4, 6)])
+def test_the_timing_model_reaches_its_speed_up_within_its_decisions(sigma, speed_up, decisions):
+    for seed in range(3):
+        got, aligned_after, ratios, _ = simulate(sigma, seed=seed)
+        assert got >= speed_up
+        assert aligned_after is not None and aligned_after <= decisions
+        assert ratios[0] == 1.0
+
+
+def test_bold_steps_give_six_times_at_sigma_ten():
+    assert simulate(10, replace(TIMING, max_step=0.9))[0] >= 6
+
+
+def test_equal_clients_are_never_pruned_over_a_whole_run():
+    for seed in range(5):
+        assert (simulate(1, seed=seed)[2] == 1.0).all()
+
+
+def test_a_part_that_does_not_shrink_is_found_and_reported_once():
+    _, _, ratios, floored = simulate(5, RateParams(min_retention_ratio=0.2), fixed=0.3)
+    assert ratios.min() == 0.2
+    assert 9 in floored and len(floored) == len(set(floored))
+
+
+def test_missing_clients_keep_their_ratio_and_late_joiners_start_full():
+    state = {0: ClientRate(times_s=(1.0,) * 4), 1: ClientRate(0.5, ())}
+    state = record_time(state, 7, 9.0)
+    updated, decision = update_rates(state, TIMING)
+    assert updated[1].retention_ratio == 0.5
+    assert updated[7].retention_ratio == 1.0
+    assert decision.changed == ()
+
+
+def test_the_first_round_after_a_change_is_not_counted():
+    state = {0: ClientRate(times_s=(1.0,) * 4), 1: ClientRate(times_s=(50.0, 1.0, 1.0, 1.0))}
+    assert update_rates(state, TIMING)[1].changed == ()
+
+
+def test_regrow_widens_a_client_that_became_fast():
+    slow_once = ClientRate(0.5, (0.5,) * 4, ((2.0, 1.0),))
+    state = {0: ClientRate(times_s=(1.0,) * 4), 1: slow_once}
+    assert update_rates(state, TIMING)[0][1].retention_ratio == 0.5
+    grown = update_rates(state, replace(TIMING, regrow=True))[0][1].retention_ratio
+    assert 0.5 < grown <= 0.75
+
+
+def test_slack_raises_the_target():
+    state = {0: ClientRate(times_s=(1.0,) * 4), 1: ClientRate(times_s=(1.4,) * 4)}
+    assert update_rates(state, replace(TIMING, slack=0.5))[1].changed == ()
+    assert update_rates(state, TIMING)[1].changed == (1,)
+
+
+@given(st.lists(st.tuples(st.floats(1, 100), st.floats(0.02, 1)), min_size=1, max_size=3, unique_by=lambda p: round(p[0])))
+def test_newton_is_the_interpolating_polynomial(points):
+    times, ratios = zip(*points, strict=True)
+    expected = KroghInterpolator(times, ratios)(1.5)
+    assert newton_ratio(points, 1.5) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
+
+
+@given(
+    st.lists(st.floats(0.01, 1000), min_size=2, max_size=8),
+    st.lists(st.tuples(st.floats(0.01, 1000), st.floats(0.02, 1)), max_size=5),
+    st.floats(0.02, 1),
+)
+def test_whatever_was_seen_ratios_stay_between_floor_and_where_they_were(times, history, gamma):
+    state = {i: ClientRate(times_s=(time,) * 4) for i, time in enumerate(times)}
+    state[99] = ClientRate(gamma, (max(times) * 2,) * 4, tuple(history))
+    updated, _ = update_rates(state, TIMING)
+    for client, rate in updated.items():
+        assert 0.02 <= rate.retention_ratio <= state[client].retention_ratio
+        assert rate.retention_ratio >= 0.5 * state[client].retention_ratio * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("time_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_update_time_is_refused(time_s):
+    with pytest.raises(RateError):
+        record_time({}, 0, time_s)
+
+
+@pytest.mark.parametrize("bad", [{"alpha": 0}, {"max_step": 1}, {"min_retention_ratio": 0}, {"dead_band": -1}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(RateError, match="expected"):
+        RateParams(**bad)
