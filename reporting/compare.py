@@ -1,0 +1,395 @@
+"""Several runs side by side: the first is the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reporting.curve import Point, accuracy_curve, first_reaching, last_within
+from reporting.log import RunLog, read_events
+from reporting.page import Column, Section, fill
+from reporting.style import CYCLE, DASHES, clean, render, style
+from reporting.summary import summarise
+from reporting.units import MISSING, format_bytes, format_count, format_factor, format_percent, format_seconds
+from reporting.view import Picture, format_axis, make_figure
+from reporting.write import write_json, write_text
+
+COMPARISON_FILE = "comparison.html"
+COMPARISON_JSON = "comparison.json"
+SHARE_OF_FIRST = 0.95
+
+
+class CompareError(ValueError):
+    """The runs cannot be set side by side."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` made: the page, the numbers as a file and as a value, and a plain table for the terminal."""
+
+    html_path: Path
+    json_path: Path
+    numbers: dict[str, Any]
+    text: str
+
+
+def compare(run_folders: Sequence[str | Path], out: str | Path, targets: Sequence[float] = ()) -> Comparison:
+    """Compare runs and write ``comparison.html`` and ``comparison.json`` into folder ``out``, atomically.
+
+    Parameters
+    ----------
+    run_folders : two or more run folders; speed-ups are against the first.
+    targets : accuracies (0 to 1) for time-to-accuracy, beside 95 % of the best accuracy of the first run.
+
+    Raises
+    ------
+    CompareError : fewer than two runs, a run without any accuracy, or a target outside (0, 1].
+    LogError : a log cannot be read.
+    """
+    if len(run_folders) < 2:
+        raise CompareError(f"compare: needs at least two run folders, got {len(run_folders)}")
+    wrong = [target for target in targets if not 0 < target <= 1]
+    if wrong:
+        raise CompareError(f"compare: targets are accuracies within 0 to 1, got {wrong[0]:g}; for 95 % give 0.95")
+    logs = [read_events(folder) for folder in run_folders]
+    curves = [accuracy_curve(log) for log in logs]
+    for folder, curve in zip(run_folders, curves, strict=True):
+        if not curve:
+            raise CompareError(
+                f"compare: {folder} has no evaluation with an accuracy yet; "
+                "leave it out or wait for its first evaluation"
+            )
+    numbers = compare_numbers(logs, curves, targets, [str(folder) for folder in run_folders])
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    json_path = write_json(out / COMPARISON_JSON, numbers)
+    html_path = write_text(out / COMPARISON_FILE, _make_page(numbers, curves))
+    return Comparison(html_path, json_path, numbers, format_table(numbers))
+
+
+def compare_numbers(
+    logs: Sequence[RunLog], curves: Sequence[Sequence[Point]], targets: Sequence[float], folders: Sequence[str]
+) -> dict[str, Any]:
+    """Return what ``comparison.json`` holds.
+
+    Equal rounds, time and bytes are the least of the runs' totals, so every run has an accuracy there: that of its last
+    evaluation within the limit. Speed-ups are the first run's figure divided by the run's own; above 1 is better.
+    """
+    summaries = [summarise(log) for log in logs]
+    limits = {
+        name: min(getattr(curve[-1], name) for curve in curves) for name in ("server_round", "time_s", "total_bytes")
+    }
+    best_first = max(point.accuracy for point in curves[0])
+    wanted = [(f"{SHARE_OF_FIRST * 100:g} % of the first run's best", SHARE_OF_FIRST * best_first)]
+    wanted += [(f"{target * 100:g} %", target) for target in targets]
+    runs = []
+    for label, folder, summary, curve in zip(_labels(logs, folders), folders, summaries, curves, strict=True):
+        at = {name: last_within(curve, name, limit) for name, limit in limits.items()}
+        family = summary["family"]
+        runs.append(
+            {
+                "label": label,
+                "folder": folder,
+                **{key: summary[key] for key in _KEPT},
+                "accuracy_at_equal_rounds": at["server_round"].accuracy if at["server_round"] else None,
+                "time_s_at_equal_rounds": at["server_round"].time_s if at["server_round"] else None,
+                "accuracy_at_equal_time": at["time_s"].accuracy if at["time_s"] else None,
+                "accuracy_at_equal_bytes": at["total_bytes"].accuracy if at["total_bytes"] else None,
+                "family_best_accuracy": family["best_accuracy"] if family else None,
+                "family_best_retention_ratio": family["best_retention_ratio"] if family else None,
+                "targets": [_reach(curve, name, target) for name, target in wanted],
+            }
+        )
+    first = runs[0]
+    for run in runs:
+        run["speedup_at_equal_rounds"] = _factor(first["time_s_at_equal_rounds"], run["time_s_at_equal_rounds"])
+        for mine, theirs in zip(run["targets"], first["targets"], strict=True):
+            mine["speedup"] = _factor(theirs["time_s"], mine["time_s"])
+            mine["bytes_factor"] = _factor(theirs["total_bytes"], mine["total_bytes"])
+    return {
+        "first": first["label"],
+        "equal_rounds": limits["server_round"],
+        "equal_time_s": limits["time_s"],
+        "equal_bytes": limits["total_bytes"],
+        "differences": _differences(logs, summaries),
+        "runs": runs,
+    }
+
+
+_KEPT = (
+    "strategy",
+    "model",
+    "data",
+    "seed",
+    "num_clients",
+    "num_rounds",
+    "status",
+    "evaluation",
+    "final_accuracy",
+    "best_accuracy",
+    "total_time_s",
+    "download_bytes",
+    "upload_bytes",
+    "train_macs",
+    "straggler_wait_ratio",
+    "utilisation_ratio",
+    "n_star_min",
+)
+
+
+def format_table(numbers: dict[str, Any]) -> str:
+    """Return the comparison as a plain table of fixed columns, for a terminal."""
+    columns, rows = _overview(numbers)
+    cells = [tuple(name for name, _ in columns), *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = []
+    for index, row in enumerate(cells):
+        line = "  ".join(
+            cell.ljust(width) if is_text else cell.rjust(width)
+            for cell, width, (_, is_text) in zip(row, widths, columns, strict=True)
+        )
+        lines.append(line.rstrip())
+        if index == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    lines += ["", _explain(numbers)]
+    lines += [f"note: {text}" for text in numbers["differences"]]
+    return "\n".join(lines)
+
+
+def _overview(numbers: dict[str, Any]) -> tuple[tuple[Column, ...], tuple[tuple[str, ...], ...]]:
+    targets = numbers["runs"][0]["targets"]
+    has_family = any(run["family_best_accuracy"] is not None for run in numbers["runs"])
+    columns: list[Column] = [
+        ("run", True),
+        ("final", False),
+        ("best", False),
+        *([("family best", False)] if has_family else []),
+        ("total time", False),
+        ("= rounds", False),
+        ("speed-up", False),
+        ("= time", False),
+        ("= bytes", False),
+    ]
+    for row in targets:
+        columns += [(f"to {format_percent(row['accuracy'])}", False), ("speed-up", False)]
+    columns += [("bytes", False), ("MACs", False), ("waiting", False)]
+    rows = []
+    for run in numbers["runs"]:
+        cells = [run["label"], format_percent(run["final_accuracy"]), format_percent(run["best_accuracy"])]
+        cells += [format_percent(run["family_best_accuracy"])] if has_family else []
+        cells += [
+            format_seconds(run["total_time_s"]),
+            format_percent(run["accuracy_at_equal_rounds"]),
+            format_factor(run["speedup_at_equal_rounds"]),
+            format_percent(run["accuracy_at_equal_time"]),
+            format_percent(run["accuracy_at_equal_bytes"]),
+        ]
+        for row in run["targets"]:
+            cells += [
+                format_seconds(row["time_s"]) if row["time_s"] is not None else "never",
+                format_factor(row["speedup"]),
+            ]
+        cells += [
+            format_bytes(run["download_bytes"] + run["upload_bytes"]),
+            format_count(run["train_macs"]),
+            format_percent(run["straggler_wait_ratio"], 0),
+        ]
+        rows.append(tuple(cells))
+    return tuple(columns), tuple(rows)
+
+
+def _explain(numbers: dict[str, Any]) -> str:
+    return (
+        f"= rounds: accuracy after {numbers['equal_rounds']} rounds, and the speed-up in time for them; "
+        f"= time: accuracy after {format_seconds(numbers['equal_time_s'])}; "
+        f"= bytes: accuracy after {format_bytes(numbers['equal_bytes'])} both ways. "
+        f"First target: {numbers['runs'][0]['targets'][0]['target']}. Speed-ups are against {numbers['first']}."
+    )
+
+
+def _make_page(numbers: dict[str, Any], curves: Sequence[Sequence[Point]]) -> str:
+    columns, rows = _overview(numbers)
+    labels = [run["label"] for run in numbers["runs"]]
+    sections = [
+        Section("overview", "Overview", None, columns, rows, table_note=_explain(numbers)),
+        Section("curves", "Accuracy over rounds, time and bytes", _draw(labels, curves, numbers)),
+        _targets_section(numbers),
+        _settings_section(numbers),
+    ]
+    first = numbers["runs"][0]
+    return fill(
+        "comparison",
+        title="Comparison: " + clean(", ".join(labels), 120),
+        subtitle=f"{clean(first['model'])} on {clean(first['data'])} · {first['num_clients']} clients · "
+        f"speed-ups against {first['label']}",
+        runs=numbers["runs"],
+        headlines=_headlines(numbers),
+        warnings=numbers["differences"],
+        sections=sections,
+    )
+
+
+def _headlines(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (name, value, small print): who wins by each measure."""
+    cards = []
+    for name, key, limit in (
+        ("best at equal rounds", "accuracy_at_equal_rounds", f"{numbers['equal_rounds']} rounds"),
+        ("best at equal time", "accuracy_at_equal_time", format_seconds(numbers["equal_time_s"])),
+        ("best at equal bytes", "accuracy_at_equal_bytes", format_bytes(numbers["equal_bytes"])),
+    ):
+        known = [run for run in numbers["runs"] if run[key] is not None]
+        if known:
+            run = max(known, key=lambda run: run[key])
+            cards.append((name, run["label"], f"{format_percent(run[key])} after {limit}"))
+    reached = [run for run in numbers["runs"] if run["targets"][0]["time_s"] is not None]
+    if reached:
+        run = min(reached, key=lambda run: run["targets"][0]["time_s"])
+        row = run["targets"][0]
+        cards.append(
+            (
+                f"first to reach {format_percent(row['accuracy'])}",
+                run["label"],
+                f"{format_seconds(row['time_s'])}, {format_factor(row['speedup'])} the first run's speed",
+            )
+        )
+    return cards
+
+
+def _targets_section(numbers: dict[str, Any]) -> Section:
+    columns: tuple[Column, ...] = (
+        ("target", True),
+        ("run", True),
+        ("accuracy", False),
+        ("time", False),
+        ("speed-up", False),
+        ("round", False),
+        ("bytes", False),
+        ("bytes saved", False),
+    )
+    rows = [
+        (
+            row["target"],
+            run["label"],
+            format_percent(row["accuracy"]),
+            format_seconds(row["time_s"]) if row["time_s"] is not None else "never",
+            format_factor(row["speedup"]),
+            MISSING if row["server_round"] is None else str(row["server_round"]),
+            format_bytes(row["total_bytes"]),
+            format_factor(row["bytes_factor"]),
+        )
+        for index in range(len(numbers["runs"][0]["targets"]))
+        for run in numbers["runs"]
+        for row in (run["targets"][index],)
+    ]
+    return Section("targets", "Time to accuracy", None, columns, tuple(rows))
+
+
+def _settings_section(numbers: dict[str, Any]) -> Section:
+    columns: tuple[Column, ...] = (
+        ("run", True),
+        ("strategy", True),
+        ("model", True),
+        ("data", True),
+        ("clients", False),
+        ("rounds", False),
+        ("seed", False),
+        ("utilisation", False),
+        ("status", True),
+        ("folder", True),
+    )
+    rows = tuple(
+        (
+            run["label"],
+            clean(run["strategy"]),
+            clean(run["model"]),
+            clean(run["data"]),
+            str(run["num_clients"]),
+            str(run["num_rounds"]),
+            MISSING if run["seed"] is None else str(run["seed"]),
+            format_percent(run["utilisation_ratio"], 0),
+            run["status"],
+            run["folder"],
+        )
+        for run in numbers["runs"]
+    )
+    return Section("runs", "The runs", None, columns, rows)
+
+
+def _draw(labels: Sequence[str], curves: Sequence[Sequence[Point]], numbers: dict[str, Any]) -> Picture:
+    with style():
+        figure, axes = make_figure(1, 3, 4.0, sharey=True)
+        target = numbers["runs"][0]["targets"][0]["accuracy"]
+        for ax, name, title in zip(
+            axes, ("server_round", "time_s", "total_bytes"), ("rounds", "time", "bytes, both ways"), strict=True
+        ):
+            for index, (label, curve) in enumerate(zip(labels, curves, strict=True)):
+                ax.plot(
+                    [getattr(point, name) for point in curve],
+                    [point.accuracy for point in curve],
+                    label=clean(label, 40),
+                    color=CYCLE[index % len(CYCLE)],
+                    linestyle=DASHES[index % len(DASHES)],
+                )
+            ax.axhline(target, color="#808080", linewidth=0.7, linestyle=(0, (2, 2)), zorder=0.5)
+            ax.set_title(f"against {title}")
+            ax.set_xlim(left=0)
+            format_axis(ax, "x", {"server_round": "count", "time_s": "seconds", "total_bytes": "bytes"}[name])
+        format_axis(axes[0], "y", "percent")
+        axes[0].annotate(f"{format_percent(target)}", (0, target), (3, 2), textcoords="offset points", fontsize=7)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
+        words = ", ".join(
+            f"{label} {format_percent(curve[-1].accuracy)}" for label, curve in zip(labels, curves, strict=True)
+        )
+        return Picture(
+            "Accuracy",
+            render(figure, "curves", "Accuracy of every run", f"Final accuracies: {words}."),
+            f"Dotted: {numbers['runs'][0]['targets'][0]['target']}.",
+        )
+
+
+def _reach(curve: Sequence[Point], name: str, target: float) -> dict[str, Any]:
+    point = first_reaching(curve, target)
+    return {
+        "target": name,
+        "accuracy": target,
+        "time_s": point.time_s if point else None,
+        "server_round": point.server_round if point else None,
+        "total_bytes": point.total_bytes if point else None,
+        "train_macs": point.train_macs if point else None,
+    }
+
+
+def _factor(first: float | None, own: float | None) -> float | None:
+    return first / own if first is not None and own else None
+
+
+def _labels(logs: Sequence[RunLog], folders: Sequence[str]) -> list[str]:
+    """Return the shortest names that tell the runs apart: strategy, then with seed, then with folder, then numbered."""
+    choices = [
+        [clean(log.run.strategy, 32) for log in logs],
+        [clean(f"{log.run.strategy}, seed {log.run.seed}", 40) for log in logs],
+        [clean(f"{log.run.strategy} ({Path(folder).name})", 60) for log, folder in zip(logs, folders, strict=True)],
+    ]
+    for labels in choices:
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{index}: {label}" for index, label in enumerate(choices[-1], 1)]
+
+
+def _differences(logs: Sequence[RunLog], summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Return in words what makes the runs unlike beyond their strategy."""
+    found = []
+    for key in ("data", "model", "num_clients", "seed", "evaluation"):
+        values = [summary[key] for summary in summaries]
+        if len({repr(value) for value in values}) > 1:
+            found.append(f"the runs differ in {key}: " + ", ".join(clean(value) for value in values))
+    for key in ("fleet", "partition"):
+        settings = [log.run.config[key] for log in logs if key in log.run.config]
+        if len({repr(value) for value in settings}) > 1:
+            found.append(f"the runs differ in {key}: " + ", ".join(clean(value) for value in settings))
+    for log, summary in zip(logs, summaries, strict=True):
+        if summary["status"] != "completed":
+            found.append(f"{log.path.parent.name} is {summary['status']}: its totals are those so far")
+    return found

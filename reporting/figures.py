@@ -1,0 +1,459 @@
+"""Pictures of one run: functions of a ``View`` that return a ``Picture``, or None where the log has nothing to show.
+
+Clients appear in one order everywhere: fastest device first, by the update time each had when it was first asked.
+"""
+
+from __future__ import annotations
+
+from statistics import fmean, median
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from reporting.curve import accuracy_curve, first_reaching
+from reporting.log import Arrival, RunLog
+from reporting.style import (
+    AMOUNT,
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    SURFACE,
+    add_tip,
+    clean,
+    hide_grid,
+    render,
+    style,
+)
+from reporting.summary import quantile
+from reporting.timeline import draw_timeline, draw_waiting
+from reporting.units import format_bytes, format_percent, format_seconds
+from reporting.view import MAX_CLIENTS, Picture, View, format_axis, make_figure, set_client_ticks, set_legend_above
+
+
+def draw_accuracy(view: View) -> Picture | None:
+    """Accuracy of the global model against time and against bytes."""
+    curves = {where: accuracy_curve(view.log, where) for where in ("central", "federated")}
+    curves = {where: curve for where, curve in curves.items() if curve}
+    if not curves:
+        return None
+    figure, axes = make_figure(1, 2, 3.0, sharey=True)
+    for where, curve in curves.items():
+        colour, width = (BLUE, 2.0) if where == next(iter(curves)) else (ORANGE, 1.3)
+        for ax, name in ((axes[0], "time_s"), (axes[1], "total_bytes")):
+            xs, ys = [getattr(point, name) for point in curve], [point.accuracy for point in curve]
+            label = "global model, held-out data" if where == "central" else "mean over the clients' own test data"
+            ax.plot(xs, ys, color=colour, linewidth=width, label=label, zorder=3)
+            ax.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=4, zorder=4)
+            if where == "federated":
+                _draw_spread(ax, view.log, {point.server_round: getattr(point, name) for point in curve})
+    main = next(iter(curves.values()))
+    best = max(point.accuracy for point in main)
+    reached = first_reaching(main, 0.95 * best)
+    if reached is not None:
+        for ax, x, text in (
+            (axes[0], reached.time_s, format_seconds(reached.time_s)),
+            (axes[1], reached.total_bytes, format_bytes(reached.total_bytes)),
+        ):
+            ax.plot([x, x], [0, reached.accuracy], color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=2)
+            ax.annotate(
+                f"95 % of best\nafter {text}",
+                (x, 0),
+                (5, 5),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=MUTED,
+                va="bottom",
+            )
+    axes[0].set_title("against time", pad=20)
+    axes[1].set_title("against bytes sent, both ways, all clients", pad=20)
+    format_axis(axes[0], "x", "seconds", "time on the run's clock")
+    format_axis(axes[1], "x", "bytes")
+    format_axis(axes[0], "y", "percent", "accuracy")
+    for ax in axes:
+        ax.set_ylim(0, 1.0)
+        ax.set_xlim(left=0)
+    axes[0].tick_params(labelleft=True)
+    set_legend_above(axes[0])
+    return Picture(
+        "Accuracy",
+        render(
+            figure,
+            "accuracy",
+            "Accuracy against time and bytes",
+            f"Final accuracy {format_percent(main[-1].accuracy)}, best {format_percent(best)}.",
+        ),
+        "The band spans the clients from the 10th to the 90th percentile." if "federated" in curves else "",
+    )
+
+
+def _draw_spread(ax: Axes, log: RunLog, x_of_round: dict[int, float]) -> None:
+    xs, low, high = [], [], []
+    for row in log.evaluations:
+        if row.where == "federated" and len(row.clients) > 1 and row.server_round in x_of_round:
+            values = sorted(row.clients.values())
+            xs.append(x_of_round[row.server_round])
+            low.append(quantile(values, 0.1))
+            high.append(quantile(values, 0.9))
+    if xs:
+        ax.fill_between(xs, low, high, color=ORANGE, alpha=0.18, linewidth=0)
+
+
+def draw_adaptation(view: View) -> Picture | None:
+    """Retention ratio and update time of every client over rounds, with the reference that decisions aimed at."""
+    if not any(view.by_client.values()):
+        return None
+    ratios = {
+        key: [(r.server_round, r.retention_ratio) for r in rows if r.retention_ratio is not None]
+        for key, rows in view.by_client.items()
+    }
+    times = {key: [(r.server_round, r.update_time_s) for r in rows] for key, rows in view.by_client.items()}
+    figure, axes = make_figure(1, 2, 3.2)
+    for ax, series in ((axes[0], ratios), (axes[1], times)):
+        if len(view.order) > MAX_CLIENTS:
+            _draw_quantiles(ax, series)
+        else:
+            _draw_lines(ax, series, view)
+        format_axis(ax, "x", "count", "round")
+    for decision in view.log.decisions:
+        for ax in axes:
+            ax.axvline(decision.server_round + 0.5, color=MUTED, linewidth=0.5, linestyle=(0, (1, 2)), zorder=0.5)
+    known = [(d.server_round, d.reference_s) for d in view.log.decisions if d.reference_s is not None]
+    if known:
+        last = max(row.server_round for row in view.log.arrivals)
+        xs = [x for x, _ in known] + [max(last, known[-1][0])]
+        ys = [y for _, y in known] + [known[-1][1]]
+        axes[1].step(
+            xs, ys, where="post", color=INK, linewidth=1.6, linestyle=(0, (4, 1.6)), label="reference", zorder=6
+        )
+    axes[0].set_ylim(0, 1.04)
+    axes[0].set_title("retention ratio (share of the model a client trains)")
+    axes[1].set_title("update time (download + compute + upload)")
+    axes[1].set_ylim(bottom=0)
+    format_axis(axes[1], "y", "seconds")
+    if axes[1].get_legend_handles_labels()[0]:
+        axes[1].legend(loc="upper right")
+    note = "Dotted vertical lines are decisions." if view.log.decisions else ""
+    if len(view.order) > MAX_CLIENTS:
+        note += " Bands over all clients: everything, the 10th to 90th percentile, and the median."
+    else:
+        note += " Colours run from the fastest client (teal) to the slowest (red) as the devices were at the start."
+    return Picture(
+        "Retention ratio and update time",
+        render(
+            figure,
+            "adaptation",
+            "Retention ratio and update time over rounds",
+            "One line per client, or bands beyond 40 clients.",
+        ),
+        note.strip(),
+    )
+
+
+def _draw_lines(ax: Axes, series: dict[int, list[tuple[int, float]]], view: View) -> None:
+    # slowest first, so that the fastest, the usual reference, lies on top
+    for key in reversed(view.order):
+        if series[key]:
+            (line,) = ax.plot(*zip(*series[key], strict=True), color=view.colour(key), linewidth=1.3)
+            add_tip(line, f"client {key}")
+    drawn = [key for key in view.order if series[key]]
+    if len(drawn) < 2:
+        return
+    fastest, slowest = drawn[0], drawn[-1]
+    # name the two ends where they lie apart: before adaptation or after it
+    gaps = [series[slowest][place][1] - series[fastest][place][1] for place in (0, -1)]
+    place = 0 if abs(gaps[0]) > abs(gaps[1]) else -1
+    if not gaps[place]:
+        return
+    for key, word, above in ((fastest, "fastest", gaps[place] < 0), (slowest, "slowest", gaps[place] > 0)):
+        ax.annotate(
+            f"client {key}, {word}",
+            series[key][place],
+            (0, 4 if above else -4),
+            textcoords="offset points",
+            fontsize=7,
+            color=view.colour(key),
+            va="bottom" if above else "top",
+            ha="left" if place == 0 else "right",
+        )
+
+
+def _draw_quantiles(ax: Axes, series: dict[int, list[tuple[int, float]]]) -> None:
+    found: dict[int, list[float]] = {}
+    for points in series.values():
+        for server_round, value in points:
+            found.setdefault(server_round, []).append(value)
+    rounds = sorted(found)
+    columns = [sorted(found[server_round]) for server_round in rounds]
+    ax.fill_between(
+        rounds,
+        [c[0] for c in columns],
+        [c[-1] for c in columns],
+        color=BLUE,
+        alpha=0.14,
+        linewidth=0,
+        label="all clients",
+    )
+    ax.fill_between(
+        rounds,
+        [quantile(c, 0.1) for c in columns],
+        [quantile(c, 0.9) for c in columns],
+        color=BLUE,
+        alpha=0.25,
+        linewidth=0,
+        label="10th to 90th percentile",
+    )
+    ax.plot(rounds, [median(c) for c in columns], color=BLUE, label="median")
+
+
+def draw_widths(view: View) -> Picture | None:
+    """Units that each client keeps of each group at its last arrival, as a heat map."""
+    last = {key: next((r for r in reversed(rows) if r.widths), None) for key, rows in view.by_client.items()}
+    full: dict[str, int] = {}
+    for row in view.log.arrivals:
+        for name, kept in row.widths.items():
+            full[name] = max(full.get(name, 0), kept)
+    keys = [key for key in view.shown if last[key] is not None]
+    if not keys or not full:
+        return None
+    names, note = list(full), view.note
+    if len(names) > 60:
+        step = (len(names) - 1) / 59
+        names = [names[round(i * step)] for i in range(60)]
+        note = f"{note} {len(names)} of {len(full)} groups are drawn.".strip()
+    shares = [[_kept(last[key], name) / full[name] if full[name] else 0.0 for name in names] for key in keys]
+    cell = 0.24 if len(keys) <= 20 else 0.18
+    figure, (ax,) = make_figure(1, 1, cell * len(keys) + (1.75 if len(names) > 8 else 1.35))
+    mesh = ax.pcolormesh(shares, cmap=AMOUNT, vmin=0, vmax=1, edgecolors=SURFACE, linewidth=1.0)
+    if len(names) <= 24:
+        for y, key in enumerate(keys):
+            for x, name in enumerate(names):
+                _cell_text(
+                    ax, x + 0.5, y + 0.5, _kept(last[key], name), shares[y][x] > 0.55, 7 if len(names) <= 16 else 6
+                )
+    set_client_ticks(ax, {key: y + 0.5 for y, key in enumerate(keys)}, view)
+    ax.invert_yaxis()
+    short = len(names) <= 8
+    ax.set_xticks(
+        [x + 0.5 for x in range(len(names))],
+        [clean(name, 28) for name in names],
+        rotation=0 if short else 40,
+        ha="center" if short else "right",
+        rotation_mode="anchor",
+        fontsize=7 if len(names) <= 30 else 5.5,
+    )
+    ax.tick_params(axis="x", length=0)
+    hide_grid(ax)
+    ax.spines[:].set_visible(False)
+    bar = figure.colorbar(mesh, ax=ax, fraction=0.03, pad=0.01, aspect=30)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y * 100:.0f} %"))
+    least = min(min(row) for row in shares)
+    return Picture(
+        "Widths at the end",
+        render(
+            figure,
+            "widths",
+            "Kept units per group and client",
+            f"The narrowest cell keeps {format_percent(least)} of the widest seen.",
+        ),
+        "Numbers are kept units, at each client's last reply; colour is the share of the widest seen in this run. "
+        f"{note}".strip(),
+    )
+
+
+def _kept(row: Arrival | None, name: str) -> int:
+    return row.widths.get(name, 0) if row else 0
+
+
+def draw_coverage(view: View) -> Picture | None:
+    """How well every part of the model was trained: N*, uncovered share and the least covered groups."""
+    merges = view.log.merges
+    stars = [(row.global_version, row.n_star) for row in merges if row.n_star is not None]
+    means: dict[str, list[float]] = {}
+    for row in merges:
+        for name, share in row.coverage.items():
+            means.setdefault(name, []).append(share)
+    if not stars and not means:
+        return None
+    figure, axes = make_figure(1, 2, 3.1, width_ratios=(1, 1.1))
+    if stars:
+        axes[0].plot(
+            *zip(*stars, strict=True),
+            color=BLUE,
+            drawstyle="steps-post",
+            label="N*: holders of the least-trained entry",
+        )
+    merged = [(row.global_version, row.num_merged) for row in merges]
+    axes[0].plot(*zip(*merged, strict=True), color=MUTED, linewidth=1.0, drawstyle="steps-post", label="replies merged")
+    axes[0].set_title("clients behind every merge", pad=20)
+    axes[0].set_ylim(bottom=0, top=max(n for _, n in merged) * 1.12 + 0.5)
+    format_axis(axes[0], "x", "count", "global version")
+    format_axis(axes[0], "y", "count")
+    uncovered = [(row.global_version, row.uncovered_ratio) for row in merges if row.uncovered_ratio is not None]
+    set_legend_above(axes[0])
+    worst = sorted(means, key=lambda name: (fmean(means[name]), name))[:12]
+    axes[1].barh(
+        range(len(worst)), [fmean(means[name]) for name in worst], color=SKY, height=0.6, label="mean over the run"
+    )
+    axes[1].plot(
+        [means[name][-1] for name in worst], range(len(worst)), "D", color=INK, markersize=3.6, label="last merge"
+    )
+    axes[1].set_yticks(range(len(worst)), [clean(name, 34) for name in worst])
+    axes[1].invert_yaxis()
+    axes[1].set_xlim(0, 1.02)
+    axes[1].set_title("least-trained groups: share of clients that hold a unit", pad=20)
+    set_legend_above(axes[1], 1.2)
+    hide_grid(axes[1], "y")
+    format_axis(axes[1], "x", "percent")
+    most = max((share for _, share in uncovered), default=0.0)
+    note = (
+        f"At most {format_percent(most, 2)} of the entries were held by nobody in one merge; they kept their value."
+        if uncovered
+        else ""
+    )
+    if len(means) > len(worst):
+        note = f"{note} The {len(worst)} least covered of {len(means)} groups are drawn.".strip()
+    return Picture(
+        "Coverage",
+        render(figure, "coverage", "Coverage of the model", "N* per merge and the least covered groups."),
+        note,
+    )
+
+
+def draw_ledger(view: View) -> Picture | None:
+    """The budget of every client: MACs, bytes, seconds and peak memory."""
+    rows = [row for row in view.ledger if row["partition_id"] in set(view.shown)]
+    if not rows or not view.log.arrivals:
+        return None
+    figure, axes = make_figure(1, 4, max(2.2, min(6.5, 0.2 * len(rows) + 0.9)), sharey=True)
+    places = range(len(rows))
+    axes[0].barh(places, [row["train_macs"] for row in rows], color=BLUE, height=0.7)
+    axes[0].set_title("training MACs")
+    axes[1].barh(places, [row["download_bytes"] for row in rows], color=SKY, height=0.7, label="down")
+    axes[1].barh(
+        places,
+        [row["upload_bytes"] for row in rows],
+        left=[row["download_bytes"] for row in rows],
+        color=ORANGE,
+        height=0.7,
+        label="up",
+    )
+    axes[1].set_title("bytes: down, then up")
+    axes[2].barh(places, [row["update_time_s"] for row in rows], color=GREEN, height=0.7)
+    axes[2].set_title("seconds at work")
+    axes[3].barh(places, [row["peak_memory_bytes"] or 0 for row in rows], color=PURPLE, height=0.7)
+    axes[3].set_title("peak training memory")
+    for ax, quantity in zip(axes, ("macs", "bytes", "seconds", "memory"), strict=True):
+        hide_grid(ax, "y")
+        format_axis(ax, "x", quantity)
+        ax.locator_params(axis="x", nbins=4)
+    set_client_ticks(axes[0], {row["partition_id"]: index for index, row in enumerate(rows)}, view)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    return Picture(
+        "Budget ledger",
+        render(
+            figure,
+            "ledger",
+            "Budget of every client",
+            "Bars of MACs, bytes, seconds and peak memory per client; the table below has the numbers.",
+        ),
+        view.note,
+    )
+
+
+def draw_labels(view: View) -> Picture | None:
+    """Examples of each label at each client, as a heat map."""
+    clients = {client.partition_id: client for client in view.log.clients if client.label_counts}
+    keys = [key for key in view.shown if key in clients]
+    if not keys:
+        return None
+    num_labels = max(len(clients[key].label_counts) for key in keys)
+    counts = [[*clients[key].label_counts, *[0] * (num_labels - len(clients[key].label_counts))] for key in keys]
+    cell = 0.24 if len(keys) <= 20 else 0.18
+    figure, axes = make_figure(1, 2, cell * len(keys) + 0.95, sharey=True, width_ratios=(4, 1))
+    many = num_labels > 40
+    axes[0].pcolormesh(
+        counts, cmap=AMOUNT, vmin=0, edgecolors="face" if many else SURFACE, linewidth=0.0 if many else 1.0
+    )
+    if num_labels <= 20:
+        top = max(1, *(max(row) for row in counts))
+        for y, row in enumerate(counts):
+            for x, count in enumerate(row):
+                if count:
+                    _cell_text(axes[0], x + 0.5, y + 0.5, count, count / top > 0.55)
+        axes[0].set_xticks([x + 0.5 for x in range(num_labels)], [str(x) for x in range(num_labels)])
+    axes[0].tick_params(axis="x", length=0)
+    axes[0].set_title("examples of each label")
+    axes[0].set_xlabel("label")
+    axes[0].spines[:].set_visible(False)
+    hide_grid(axes[0])
+    places = [y + 0.5 for y in range(len(keys))]
+    axes[1].barh(places, [clients[key].num_examples for key in keys], color=GREEN, height=0.7)
+    axes[1].set_title("examples")
+    axes[1].xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    hide_grid(axes[1], "y")
+    set_client_ticks(axes[0], dict(zip(keys, places, strict=True)), view)
+    axes[0].invert_yaxis()
+    return Picture(
+        "Label distribution",
+        render(figure, "labels", "Label distribution", f"Examples of {num_labels} labels at {len(keys)} clients."),
+        view.note,
+    )
+
+
+def draw_family(view: View) -> Picture | None:
+    """Accuracy of every member of the family against its retention ratio, at the last evaluation of the family."""
+    rows = [row for row in view.log.evaluations if row.family]
+    if not rows:
+        return None
+    members = sorted(rows[-1].family, key=lambda member: member.retention_ratio)
+    figure, (ax,) = make_figure(1, 1, 2.8)
+    for name, label, colour, marker in (
+        ("accuracy", "as it is", MUTED, "o"),
+        ("accuracy_reestimated", "normalisation statistics re-estimated", BLUE, "o"),
+    ):
+        points = [(m.retention_ratio, getattr(m, name)) for m in members if getattr(m, name) is not None]
+        if points:
+            ax.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=label, linewidth=1.3)
+    format_axis(ax, "y", "percent", "accuracy")
+    ax.set_xlabel("retention ratio")
+    ax.set_xlim(0, 1.03)
+    ax.set_title(f"after round {rows[-1].server_round}")
+    ax.legend(loc="lower right")
+    return Picture(
+        "The family: accuracy by retention ratio",
+        render(figure, "family", "Accuracy of every sub-model by retention ratio", f"{len(members)} sub-models."),
+        "Every member is cut out of the one global model.",
+    )
+
+
+DRAWINGS = (
+    draw_accuracy,
+    draw_timeline,
+    draw_waiting,
+    draw_adaptation,
+    draw_widths,
+    draw_family,
+    draw_coverage,
+    draw_ledger,
+    draw_labels,
+)
+
+
+def draw_all(log: RunLog) -> dict[str, Picture]:
+    """Return every picture the log has rows for, by name (``accuracy``, ``timeline``, ...)."""
+    view = View(log)
+    with style():
+        drawn = {draw.__name__.removeprefix("draw_"): draw(view) for draw in DRAWINGS}
+    return {name: picture for name, picture in drawn.items() if picture is not None}
+
+
+def _cell_text(ax: Axes, x: float, y: float, count: int, on_dark: bool, size: float = 7.0) -> None:
+    text = ax.text(x, y, str(count), ha="center", va="center", fontsize=size, color="#fdfdfb" if on_dark else "#20242a")
+    # hundreds of them lie inside the axes anyway, and measuring each is slow
+    text.set_in_layout(False)

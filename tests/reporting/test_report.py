@@ -1,0 +1,175 @@
+"""The page: complete, self-contained, escaped, atomic."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reporting.figures import DRAWINGS, draw_all
+from reporting.log import read_events
+from reporting.report import write_report
+from reporting.view import MAX_CLIENTS, View
+from tests.reporting.conftest import make_rows, write_run
+
+MakeRun = Callable[..., Path]
+VOID = {"meta", "br", "link", "img", "input", "hr", "wbr"}
+HOSTILE = "</svg></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac{1$ \x00\x1b[31m <!-- -->"
+
+
+class Page(HTMLParser):
+    """Collects what a browser would see, and checks that tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            elif name in ("href", "src", "xlink:href"):
+                self.links.append(value or "")
+            elif name.startswith("on"):
+                self.handlers.append(name)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = write_run(tmp_path_factory.mktemp("page") / "run", make_rows())
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def test_the_report_shows_every_picture_and_the_headline_figures(page: str) -> None:
+    seen = Page(page)
+    assert seen.tags.count("svg") == len(DRAWINGS)
+    for words in ("final accuracy", "straggler wait", "bytes sent", "N*", "Budget ledger", "learning-rate", "2.13.0"):
+        assert words in page
+    assert seen.open == []
+
+
+def test_the_report_needs_no_network_and_runs_no_script(page: str) -> None:
+    seen = Page(page)
+    assert seen.tags.count("script") == 0
+    assert all(link.startswith("#") for link in seen.links)
+    assert "@import" not in page
+    assert "url(http" not in page
+
+
+def test_ids_are_unique_and_every_internal_link_has_its_target(page: str) -> None:
+    seen = Page(page)
+    assert len(seen.ids) == len(set(seen.ids))
+    assert {link[1:] for link in seen.links} <= set(seen.ids)
+
+
+def test_every_picture_has_a_title_for_screen_readers_and_follows_light_and_dark(page: str) -> None:
+    assert page.count('role="img" aria-labelledby=') == len(DRAWINGS)
+    assert "prefers-color-scheme: dark" in page
+    assert "#010203" not in page
+
+
+def poison(value: Any) -> Any:
+    if isinstance(value, str):
+        return HOSTILE + value
+    if isinstance(value, dict):
+        return {HOSTILE + key: poison(item) for key, item in value.items()}
+    return value
+
+
+def test_whatever_clients_report_is_escaped(make_run: MakeRun) -> None:
+    rows = [json.loads(line) for line in (make_run("good", num_clients=3, num_rounds=4) / "events.jsonl").open()]
+    for row in rows:
+        for name in (
+            "reason",
+            "widths",
+            "coverage",
+            "config",
+            "versions",
+            "message",
+            "strategy",
+            "model",
+            "data",
+            "best",
+        ):
+            if row.get(name) is not None:
+                row[name] = poison(row[name])
+        for client in row.get("clients", []) if row["event"] == "clients" else []:
+            client["device"] = HOSTILE
+    seen = Page(write_report(make_run("hostile", rows=rows)).read_text(encoding="utf-8"))
+    assert "script" not in seen.tags
+    assert "img" not in seen.tags
+    assert seen.handlers == []
+    assert seen.open == []
+
+
+def test_beyond_forty_clients_pictures_show_a_part_and_say_so(make_run: MakeRun) -> None:
+    log = read_events(make_run(num_clients=60, num_rounds=3))
+    view = View(log)
+    assert len(view.shown) == MAX_CLIENTS
+    assert (view.shown[0], view.shown[-1]) == (view.order[0], view.order[-1])
+    pictures = draw_all(log)
+    assert "40 of 60 clients" in pictures["labels"].note
+    assert "percentile" in pictures["adaptation"].note
+
+
+@pytest.mark.parametrize(
+    "kinds", [(), ("end",), ("arrival", "clients"), ("evaluation", "decision"), ("arrival", "merge")]
+)
+def test_a_report_is_made_from_any_part_of_a_log(make_run: MakeRun, kinds: tuple[str, ...]) -> None:
+    rows = [json.loads(line) for line in (make_run("all", num_clients=3, num_rounds=3) / "events.jsonl").open()]
+    folder = make_run("part", rows=[row for row in rows if row["event"] == "run" or row["event"] in kinds])
+    assert Page(write_report(folder).read_text(encoding="utf-8")).open == []
+
+
+def test_the_same_log_gives_the_same_report_byte_for_byte(make_run: MakeRun) -> None:
+    folder = make_run(num_clients=3, num_rounds=3)
+    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+
+
+def test_a_report_that_cannot_be_written_leaves_the_older_one_and_no_litter(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(num_clients=2, num_rounds=2)
+    before = write_report(folder).read_bytes()
+
+    def fail(source: str, target: str) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["events.jsonl", "report.html", "summary.json"]
+
+
+def test_reporting_imports_neither_flwr_nor_torch() -> None:
+    code = (
+        "import sys, reporting.__main__, reporting.report, reporting.compare, reporting.progress;"
+        "sys.exit(bool({'flwr', 'torch', 'ray'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,0 +1,136 @@
+"""The numbers of a run, against sums made another way."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reporting.log import read_events
+from reporting.summary import summarise, write_summary
+from reporting.waiting import find_waits
+
+MakeRun = Callable[..., Path]
+
+
+def rows_of(folder: Path, event: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == event]
+
+
+def test_totals_are_the_sums_over_all_arrivals_merged_or_not(make_run: MakeRun) -> None:
+    folder = make_run()
+    summary, arrivals = summarise(read_events(folder)), rows_of(folder, "arrival")
+    for name in ("download_bytes", "upload_bytes", "train_macs"):
+        assert summary[name] == pytest.approx(sum(row[name] for row in arrivals))
+    assert sum(summary["num_arrivals"].values()) == len(arrivals) == 300
+    assert summary["num_arrivals"]["failed"] > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"strategy": "fedavg"}, {"strategy": "adaptcl"}, {"strategy": "fedbuff", "buffer": 4}]
+)
+def test_the_ledger_has_the_same_columns_for_every_strategy_and_adds_up(
+    make_run: MakeRun, options: dict[str, Any]
+) -> None:
+    summary = summarise(read_events(make_run(**options)))
+    reference = summarise(read_events(make_run("reference", strategy="heterofl")))
+    assert summary.keys() == reference.keys()
+    assert [row.keys() for row in summary["ledger"]] == [row.keys() for row in reference["ledger"]]
+    for name in ("download_bytes", "upload_bytes", "train_macs"):
+        assert sum(row[name] for row in summary["ledger"]) == pytest.approx(summary[name])
+    assert sum(row["wait_s"] for row in summary["ledger"]) == pytest.approx(summary["straggler_wait_s"])
+    assert sum(row["num_times_last"] for row in summary["ledger"]) == summary["num_merges"]
+
+
+def test_a_synchronous_round_lets_everyone_wait_for_its_last_arrival(make_run: MakeRun) -> None:
+    folder = make_run(strategy="fedavg", num_clients=5, num_rounds=3)
+    waits, closings = find_waits(read_events(folder))
+    finishes: dict[int, list[float]] = {}
+    for row in rows_of(folder, "arrival"):
+        finishes.setdefault(row["server_round"], []).append(row["finish_s"])
+    expected = sum(max(times) - time for times in finishes.values() for time in times)
+    assert sum(wait.wait_s for wait in waits) == pytest.approx(expected)
+    assert [closing.held_up_s for closing in closings] == pytest.approx(
+        [sorted(times)[-1] - sorted(times)[-2] for times in finishes.values()]
+    )
+    slowest = max(rows_of(folder, "arrival"), key=lambda row: row["update_time_s"])["partition_id"]
+    assert {closing.straggler for closing in closings} == {slowest}
+
+
+def test_nobody_waits_when_every_arrival_is_merged_at_once(make_run: MakeRun) -> None:
+    summary = summarise(read_events(make_run(strategy="fedasync", buffer=1, num_rounds=50)))
+    assert summary["straggler_wait_s"] == pytest.approx(0.0, abs=1e-6)
+    # only work that was still under way at the end is missing from the log
+    assert summary["utilisation_ratio"] > 0.8
+
+
+def test_a_client_that_gets_new_work_before_the_merge_does_not_count_as_waiting(make_run: MakeRun) -> None:
+    summary = summarise(read_events(make_run(strategy="fedbuff", buffer=4, num_rounds=40)))
+    busy_s = sum(row["update_time_s"] for row in summary["ledger"])
+    assert summary["straggler_wait_s"] < 0.05 * busy_s
+
+
+def test_late_arrivals_wait_for_nobody(make_run: MakeRun) -> None:
+    common = {"event": "arrival", "server_round": 1, "start_s": 0}
+    rows = [
+        {"event": "run", "strategy": "cos2p"},
+        {**common, "partition_id": 0, "status": "merged", "finish_s": 2, "update_time_s": 2},
+        {"event": "merge", "server_round": 1, "time_s": 3.0},
+        {**common, "partition_id": 1, "status": "late", "finish_s": 5, "update_time_s": 5},
+        {"event": "merge", "server_round": 2, "time_s": 9.0},
+    ]
+    waits, _ = find_waits(read_events(make_run(rows=rows)))
+    assert [wait.wait_s for wait in waits] == [1.0, 0.0]
+
+
+def test_time_to_accuracy_is_the_first_evaluation_at_or_above_the_target(make_run: MakeRun) -> None:
+    folder = make_run()
+    summary = summarise(read_events(folder), targets=(0.8, 0.9999))
+    central = [row for row in rows_of(folder, "evaluation") if row["where"] == "central"]
+    first = next(row for row in central if row["accuracy"] >= 0.8)
+    found = {row["target"]: row for row in summary["time_to_accuracy"]}
+    assert found["80 %"]["time_s"] == first["time_s"]
+    assert found["80 %"]["server_round"] == first["server_round"]
+    arrivals = [row for row in rows_of(folder, "arrival") if row["server_round"] <= first["server_round"]]
+    assert found["80 %"]["total_bytes"] == sum(row["download_bytes"] + row["upload_bytes"] for row in arrivals)
+    assert found["99.99 %"]["time_s"] is None
+    best = max(row["accuracy"] for row in central)
+    assert found["95 % of best"]["accuracy"] == pytest.approx(0.95 * best)
+    assert summary["final_accuracy"] == central[-1]["accuracy"]
+    assert summary["best_accuracy"] == best
+
+
+def test_federated_accuracy_is_the_headline_where_there_is_no_central_one(make_run: MakeRun) -> None:
+    rows = [json.loads(line) for line in (make_run("both") / "events.jsonl").open()]
+    folder = make_run("federated", rows=[row for row in rows if row.get("where") != "central"])
+    summary = summarise(read_events(folder))
+    assert summary["evaluation"] == "federated"
+    assert summary["final_accuracy"] == rows_of(folder, "evaluation")[-1]["accuracy"]
+    assert summary["federated"]["min"] <= summary["federated"]["median"] <= summary["federated"]["max"]
+
+
+def test_summary_json_is_strict_json_even_when_training_diverged(make_run: MakeRun) -> None:
+    rows = [
+        {"event": "run", "strategy": "fedavg"},
+        {"event": "evaluation", "server_round": 1, "time_s": 1.0, "accuracy": 0.1, "loss": math.nan},
+        {"event": "evaluation", "server_round": 2, "time_s": 2.0, "accuracy": math.nan, "loss": math.inf},
+    ]
+    folder = make_run(rows=rows)
+    path = write_summary(read_events(folder), folder)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    summary = json.loads(path.read_text(), parse_constant=refuse)
+    assert summary["final_accuracy"] == 0.1
+    assert summary["final_loss"] is None
+
+
+def test_a_run_that_was_killed_before_its_first_reply_still_has_a_summary(make_run: MakeRun) -> None:
+    summary = summarise(read_events(make_run(rows=[{"event": "run", "strategy": "fedavg", "num_clients": 3}])))
+    assert (summary["status"], summary["final_accuracy"], summary["total_time_s"]) == ("unfinished", None, 0.0)
