@@ -1,0 +1,248 @@
+"""Where images come from: one reader per kind of source, each returning (x_train, y_train, x_test, y_test)."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleet.names import FleetError, unknown_name
+from fleet.partition import split_local
+
+Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
+
+TORCHVISION_CLASSES = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+}
+"""Data set name -> class in torchvision.datasets."""
+
+NAMES = ("digits", *TORCHVISION_CLASSES)
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+TEST_RATIO = 0.2
+"""Share of the fixed test part where a source brings none."""
+
+
+class DataError(FleetError):
+    """A data set cannot be found, read, or used."""
+
+
+def named(name: str, data_dir: Path | None, download: bool) -> Arrays:
+    """Read a data set of ``NAMES``."""
+    if name == "digits":
+        return _digits()
+    if name not in TORCHVISION_CLASSES:
+        raise DataError(
+            f"{unknown_name('data', name, NAMES)}, npz:PATH, folder:PATH, hub:NAME or package.module:function"
+        )
+    if data_dir is None:
+        raise DataError(
+            f"data {name!r}: is read from files; set data-dir to the (absolute) folder that has them, or that they may "
+            "be downloaded to with download = true"
+        )
+    for stem in (name, name.replace("-", "_")):
+        if (data_dir / f"{stem}.npz").is_file():
+            return npz(data_dir / f"{stem}.npz")
+    return _torchvision(name, data_dir, download)
+
+
+def _digits() -> Arrays:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    # 0..16 -> 0..255: one convention for all images, and still 17 different levels.
+    images = np.rint(x.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return _split(images, y.astype(np.int64))
+
+
+def _split(x: NDArray[Any], y: NDArray[Any]) -> Arrays:
+    """Split images into a training and a test part, stratified and always the same."""
+    train, test = split_local(np.arange(len(y)), y, TEST_RATIO, seed=0)
+    return x[train], y[train], x[test], y[test]
+
+
+def _torchvision(name: str, data_dir: Path, download: bool) -> Arrays:
+    from compat import TorchvisionError, import_torchvision
+
+    try:
+        import_torchvision()
+        from torchvision import datasets
+    except TorchvisionError as error:
+        raise DataError(f"data {name!r}: {error}") from error
+    kind = getattr(datasets, TORCHVISION_CLASSES[name])
+    parts: list[NDArray[Any]] = []
+    for is_train in (True, False):
+        try:
+            part = kind(str(data_dir), train=is_train, download=download)
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"data {name!r}: neither {data_dir / name}.npz nor torchvision's files are in {data_dir} ({error}). "
+                "Put them there, correct data-dir, or set download = true"
+            ) from error
+        parts += [np.asarray(part.data), np.asarray(part.targets)]
+    return parts[0], parts[1], parts[2], parts[3]
+
+
+def npz(path: Path) -> Arrays:
+    """Read x_train, y_train, x_test, y_test of a ``.npz`` file; memory-mapped if it is not compressed.
+
+    Raises
+    ------
+    DataError : no such file, another format, or an array is missing.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            missing = [key for key in NPZ_KEYS if key not in members]
+            if missing:
+                raise DataError(
+                    f"data file {path}: lacks {', '.join(missing)}; expected {', '.join(NPZ_KEYS)}, "
+                    f"got {', '.join(members)}"
+                )
+            arrays = [_member(path, archive, members[key]) for key in NPZ_KEYS]
+    except FileNotFoundError as error:
+        raise DataError(f"data file {path}: does not exist; give an absolute path, or one inside data-dir") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"data file {path}: cannot be read as .npz: {error}") from error
+    return arrays[0], arrays[1], arrays[2], arrays[3]
+
+
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    """Read one array of a ``.npz``: mapped where it lies in the file as it is, so that processes share its pages."""
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        is_plain = info.compress_type == zipfile.ZIP_STORED and version == (1, 0)
+        if is_plain:
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            header_bytes = stream.tell()
+            is_plain = not dtype.hasobject and 0 not in shape
+    if not is_plain:
+        with archive.open(info) as stream:
+            array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+            return array
+    with path.open("rb") as raw:
+        # The local header repeats name and extra field, with lengths of its own (zip specification, 4.3.7).
+        raw.seek(info.header_offset)
+        name_bytes, extra_bytes = struct.unpack("<26xHH", raw.read(30))
+    offset = info.header_offset + 30 + name_bytes + extra_bytes + header_bytes
+    return np.memmap(path, dtype, "r", offset, shape, "F" if is_fortran else "C")
+
+
+def image_folder(path: Path, size: int | None) -> Arrays:
+    """Read a folder of images, one folder per class; classes are numbered in the order of their names.
+
+    Parameters
+    ----------
+    path : holds ``train/CLASS/`` and ``test/CLASS/``, or ``CLASS/`` (split 80 / 20, stratified).
+    size : side length in pixels to resize every image to; None takes them as they are.
+
+    Raises
+    ------
+    DataError : no such folder, no images, unequal sizes, or a file that is no image.
+    """
+    if not path.is_dir():
+        raise DataError(f"data folder {path}: does not exist; give an absolute path, or one inside data-dir")
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        classes = _class_names(path / "train")
+        unseen = sorted(set(_class_names(path / "test")) - set(classes))
+        if unseen:
+            raise DataError(f"data folder {path}: test has classes that train lacks: {', '.join(unseen)}")
+        files = [_class_files(path / part, classes) for part in ("train", "test")]
+        (train_files, y_train), (test_files, y_test) = files
+        images = _decode([*train_files, *test_files], size)
+        return images[: len(y_train)], y_train, images[len(y_train) :], y_test
+    image_files, labels = _class_files(path, _class_names(path))
+    return _split(_decode(image_files, size), labels)
+
+
+def _class_names(path: Path) -> list[str]:
+    return sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _class_files(path: Path, classes: list[str]) -> tuple[list[Path], NDArray[np.int64]]:
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise DataError(f"data folder {path}: no images in its sub-folders; expected {path}/CLASS/NAME.png")
+    return files, np.array(labels, np.int64)
+
+
+def _decode(files: list[Path], size: int | None) -> NDArray[np.uint8]:
+    """Decode images to [N, H, W] if all are grey, to [N, H, W, 3] otherwise."""
+    from PIL import Image, UnidentifiedImageError
+
+    decoded: list[NDArray[np.uint8]] = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                if image.mode[0] in "IF":  # Pillow would clip them to 8 bits without a word
+                    raise DataError(f"data file {file}: has more than 8 bits a channel (mode {image.mode}); convert it")
+                picture = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+                if size is not None:
+                    picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+                decoded.append(np.asarray(picture))
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"data file {file}: is no image that can be read: {error}") from error
+        if decoded[-1].shape[:2] != decoded[0].shape[:2]:
+            raise DataError(
+                f"data file {file}: is {_extent(decoded[-1])}, but {files[0]} is {_extent(decoded[0])}; images must "
+                "have one size: add @SIZE to the name, as in 'folder:faces@32', to resize them"
+            )
+    if all(image.ndim == 2 for image in decoded):
+        return np.stack(decoded)
+    return np.stack([image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in decoded])
+
+
+def _extent(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+def hub(name: str) -> Arrays:
+    """Read the data set ``name`` of the Hugging Face hub through flwr-datasets (an optional dependency).
+
+    Raises
+    ------
+    DataError : flwr-datasets is missing, the data set cannot be fetched, or it is not one of labelled images.
+    """
+    try:
+        from datasets import ClassLabel, Image
+        from flwr_datasets import FederatedDataset
+    except ImportError as error:
+        raise DataError(f"data 'hub:{name}': needs flwr-datasets; pip install 'flwr-datasets[vision]'") from error
+    try:
+        federated = FederatedDataset(dataset=name, partitioners={"train": 1})
+        train = federated.load_split("train")
+    except Exception as error:  # the hub's libraries raise everything from OSError to their own kinds
+        raise DataError(f"data 'hub:{name}': cannot be fetched: {type(error).__name__}: {error}") from error
+    image_key = next((key for key, kind in train.features.items() if isinstance(kind, Image)), None)
+    label_key = next((key for key, kind in train.features.items() if isinstance(kind, ClassLabel)), None)
+    if image_key is None or label_key is None:
+        raise DataError(f"data 'hub:{name}': needs an image and a class column, has {', '.join(train.features)}")
+    x, y = _columns(name, train, image_key, label_key)
+    try:
+        test = federated.load_split("test")
+    except (KeyError, ValueError):
+        return _split(x, y)
+    return x, y, *_columns(name, test, image_key, label_key)
+
+
+def _columns(name: str, rows: Any, image_key: str, label_key: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    images = [np.asarray(image) for image in rows[image_key]]
+    if len({image.shape for image in images}) != 1:
+        raise DataError(
+            f"data 'hub:{name}': images have unequal sizes; prepare them with package.module:function instead"
+        )
+    return np.stack(images), np.asarray(rows[label_key], np.int64)
