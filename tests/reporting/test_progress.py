@@ -38,8 +38,8 @@ def test_a_terminal_sees_replies_as_they_arrive_and_keeps_the_same_lines() -> No
         shown.on_event(row)
         plain.on_event(row)
     assert "\r" in terminal.getvalue()
-    kept = [line.rsplit("\r", 1)[-1] for line in terminal.getvalue().splitlines()]
-    assert kept == pipe.getvalue().splitlines()
+    kept = [line.rsplit("\r", 1)[-1] for line in terminal.getvalue().split("\n")]
+    assert kept == pipe.getvalue().split("\n")
 
 
 def test_the_estimate_is_exact_for_rounds_of_equal_length_and_leaves_out_the_start() -> None:
