@@ -1,0 +1,313 @@
+"""Promises about starting runs. The slow ones start Flower's real engine on a tiny app."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from server_app.config import defaults
+from server_app.launch import Launch, close_event_log, guard, main, plan, run
+
+PYPROJECT = """
+[project]
+name = "tiny"
+version = "0.1.0"
+description = "asks each client where its code lies"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "tests"
+[tool.flwr.app.components]
+serverapp = "server_app.app:app"
+clientapp = "client_app.app:app"
+[tool.flwr.app.config]
+mode = "ok"
+run-dir = ""
+"""
+CLIENT = """
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+app = ClientApp()
+@app.query()
+def where(message, context):
+    return Message(RecordDict({"where": ConfigRecord({"file": __file__})}), reply_to=message)
+"""
+FOREIGN_CLIENT = """
+from flwr.clientapp import ClientApp
+app = ClientApp()
+@app.query()
+def where(message, context):
+    raise RuntimeError("this client belongs to another project")
+"""
+SERVER = """
+import json, pathlib, time
+from flwr.app import Message, RecordDict
+from flwr.serverapp import ServerApp
+app = ServerApp()
+@app.main()
+def main(grid, context):
+    mode, run_dir = context.run_config["mode"], pathlib.Path(context.run_config["run-dir"])
+    if mode == "raise":
+        raise ValueError("num-blossoms must be positive, got -3")
+    while len(list(grid.get_node_ids())) < 2:
+        time.sleep(0.05)
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in grid.get_node_ids()]
+    files = [reply.content["where"]["file"] for reply in grid.send_and_receive(messages)]
+    (run_dir / "files.json").write_text(json.dumps(files))
+    if mode == "hang":
+        (run_dir / "events.jsonl").write_text('{"event": "run", "wall_s": 0.5}\\n{"event": "mer')
+        print("hanging", flush=True)
+        time.sleep(600)
+    print("tiny is done", flush=True)
+"""
+# what `main` does, with a configuration of the tiny app's own
+DRIVER = """
+import sys
+from pathlib import Path
+from server_app.launch import Launch, guard, run
+app_dir, run_dir, mode = sys.argv[1:]
+settings = f"mode = '{mode}'\\nrun-dir = '{run_dir}'\\n"
+sys.exit(guard(lambda: run(Launch(settings, Path(run_dir), num_clients=2, num_workers=2), Path(app_dir))))
+"""
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def make_app(folder: Path, client: str = CLIENT) -> Path:
+    for name, text in {"server_app": SERVER, "client_app": client}.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").touch()
+        (folder / name / "app.py").write_text(text)
+    (folder / "pyproject.toml").write_text(PYPROJECT)
+    return folder
+
+
+def start(app_dir: Path, run_dir: Path, mode: str, working_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-u", "-c", DRIVER, str(app_dir), str(run_dir), mode],
+        cwd=working_dir,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def processes_of(app_dir: Path) -> list[str]:
+    """Commands of the processes that work in the app's private folders or have them in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            # Ray overwrites the environment of its workers with their title; their working directory tells
+            traces = os.readlink(entry / "cwd").encode() + (entry / "environ").read_bytes()
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if f"{app_dir}/.flwr".encode() in traces:
+            found.append(command)
+    return found
+
+
+def wait_until_gone(app_dir: Path, limit_s: float) -> list[str]:
+    deadline_s = time.monotonic() + limit_s
+    while (left := processes_of(app_dir)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    return left
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+
+
+@pytest.mark.slow
+@needs_proc
+def test_two_runs_at_once_each_end_with_their_own_outcome_and_code_and_leave_nothing_running(tmp_path: Path) -> None:
+    good = make_app(tmp_path / "a good app")
+    bad = make_app(tmp_path / "bad", client=FOREIGN_CLIENT)
+    good_run = start(good, tmp_path / "good run", "ok", working_dir=bad)  # a folder with packages of the same names
+    bad_run = start(bad, tmp_path / "bad run", "raise", working_dir=good)
+    good_text, bad_text = good_run.communicate(timeout=150)[0], bad_run.communicate(timeout=150)[0]
+
+    assert good_run.returncode == 0, good_text
+    shown = good_text.splitlines()
+    assert shown[1:-1] == ["tiny is done"], "a person sees the app's lines alone"
+    assert shown[-1] == f"results: {tmp_path / 'good run'}"
+    files = json.loads((tmp_path / "good run" / "files.json").read_text())
+    assert len(files) == 2
+    assert all(file.startswith(f"{good}/.flwr/runs/") for file in files)
+
+    assert bad_run.returncode == 1, bad_text
+    assert "error: the run failed: num-blossoms must be positive, got -3" in bad_text
+    assert "Traceback" not in bad_text
+    assert "Traceback" in (tmp_path / "bad run" / "engine.log").read_text()
+
+    for app_dir in (good, bad):
+        assert processes_of(app_dir) == []
+        assert list((app_dir / ".flwr" / "runs").iterdir()) == []
+
+
+@pytest.mark.slow
+@needs_proc
+def test_ctrl_c_and_even_a_kill_leave_nothing_running(tmp_path: Path) -> None:
+    stopped, killed = make_app(tmp_path / "stopped"), make_app(tmp_path / "killed")
+    runs = [start(app_dir, app_dir / "run", "hang", working_dir=tmp_path) for app_dir in (stopped, killed)]
+    for process in runs:
+        assert process.stdout is not None
+        while (line := process.stdout.readline()) != "hanging\n":
+            assert line, "ended before it began"
+    assert len(processes_of(stopped)) > 5
+
+    begin_s = time.monotonic()
+    runs[0].send_signal(signal.SIGINT)
+    runs[1].kill()
+    text = runs[0].communicate(timeout=60)[0]
+    assert time.monotonic() - begin_s < 15
+    assert runs[0].returncode == 130
+    assert "stopped by SIGINT" in text
+    assert processes_of(stopped) == []
+    assert list((stopped / ".flwr" / "runs").iterdir()) == []
+    rows = [json.loads(row) for row in (stopped / "run" / "events.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows] == ["run", "end"]
+    assert rows[1]["status"] == "interrupted"
+
+    runs[1].communicate(timeout=60)
+    assert wait_until_gone(killed, limit_s=30) == []
+
+
+@pytest.fixture
+def event_log(tmp_path: Path) -> Path:
+    rows = [{"event": "run", "wall_s": 0.0}, {"event": "merge", "wall_s": 2.5, "time_s": 40.0, "server_round": 3}]
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_log_cut_off_in_the_middle_of_a_row_is_closed_after_its_last_whole_row(event_log: Path) -> None:
+    with event_log.open("a") as file:
+        file.write('{"event": "merge", "wall')
+    close_event_log(event_log.parent, "interrupted", "stopped by SIGINT")
+    assert read_rows(event_log)[2:] == [
+        {
+            "event": "end",
+            "wall_s": 2.5,
+            "status": "interrupted",
+            "reason": "stopped by SIGINT",
+            "time_s": 40.0,
+            "num_rounds": 3,
+        }
+    ]
+
+
+def test_a_log_that_the_run_closed_itself_is_left_as_it_is(event_log: Path) -> None:
+    close_event_log(event_log.parent, "completed", "")
+    before = event_log.read_bytes()
+    close_event_log(event_log.parent, "failed", "late")
+    assert event_log.read_bytes() == before
+
+
+def test_a_run_without_a_log_gets_none(tmp_path: Path) -> None:
+    close_event_log(tmp_path, "failed", "never began")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("end", "is_carried_out", "exit_code"),
+    [("completed", True, 0), ("completed", False, 1), ("failed", True, 1)],
+)
+def test_a_run_is_completed_only_if_both_the_engine_and_its_log_say_so(
+    end: str, is_carried_out: bool, exit_code: int, tmp_path: Path
+) -> None:
+    def carry_out() -> None:
+        row = {"event": "end", "wall_s": 1.0, "status": end, "reason": "the loss is not finite"}
+        (tmp_path / "events.jsonl").write_text(json.dumps(row) + "\n")
+        if not is_carried_out:
+            raise OSError("disk full")
+
+    assert run(Launch("", tmp_path, 2, 1, carry_out)) == exit_code
+
+
+def test_a_local_run_that_is_interrupted_says_so_in_its_log(tmp_path: Path, capsys) -> None:
+    def carry_out() -> None:
+        (tmp_path / "events.jsonl").write_text('{"event": "run", "wall_s": 0.5}\n')
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert guard(lambda: run(Launch("", tmp_path, 2, 1, carry_out))) == 143
+    assert read_rows(tmp_path / "events.jsonl")[-1]["status"] == "interrupted"
+
+
+def test_paths_are_absolute_the_callers_from_where_it_is_and_the_defaults_from_the_project(tmp_path: Path) -> None:
+    settings = plan(["data.name=npz:a b/c.npz", "fleet.name=mine.toml", "run-dir=out"], tmp_path)
+    flat = tomllib.loads(settings.settings)
+    assert flat["data"]["name"] == f"npz:{tmp_path}/a b/c.npz"
+    assert flat["data"]["dir"] == str(REPOSITORY / "data")
+    assert flat["fleet"]["name"] == f"{tmp_path}/mine.toml"
+    assert settings.run_dir == tmp_path / "out"
+
+
+def test_each_run_gets_a_folder_of_its_own_below_results() -> None:
+    first, second = plan(["strategy=fedavg"]), plan(["strategy=fedavg"])
+    assert first.run_dir.parent == REPOSITORY / "results"
+    assert "-fedavg-" in first.run_dir.name
+    assert first.run_dir != second.run_dir
+
+
+def test_no_more_clients_train_at_once_than_there_are() -> None:
+    assert plan(["num-clients=1"]).num_workers == 1
+    assert plan(["num-workers=7"]).num_workers == 7
+
+
+def test_pyproject_has_every_key_with_its_default() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    from_pyproject = flatten(project["tool"]["flwr"]["app"]["config"])
+    assert from_pyproject == defaults(), "paste the output of `python -m server_app.config` into pyproject.toml"
+
+
+def flatten(table: dict, prefix: str = "") -> dict:
+    flat: dict = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "num-round=3"], "num-rounds"),
+        (["num-rounds=many"], "expected int"),
+        (["run", "fedavg"], "expected key=value"),
+        (["strategy=fedagv"], "fedavg"),
+        (["compare", "fedavg"], "two strategies or more"),
+        (["compare", "fedavg", "heterofl", "strategy=x"], "leave out strategy="),
+        (["compare", "fedavg", "heterofll"], "heterofl"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_starts_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setattr("server_app.launch.run", lambda *_: pytest.fail("a run was started"))
+    assert main(arguments, tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unwritable_results_folder_exits_with_2_and_names_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([f"run-dir={tmp_path / 'file' / 'run'}"], tmp_path) == 2
+    assert "choose run-dir=PATH" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "events.jsonl").write_text("kept\n")
+    assert main([f"run-dir={tmp_path}"], tmp_path) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "events.jsonl").read_text() == "kept\n"
