@@ -49,9 +49,9 @@ def _compare(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from reporting.compare import compare
 
-    result = compare(options.run_folders, options.out, options.target)
-    print(result.text)
-    print(result.html_path)
+    html_path, text = compare(options.run_folders, options.out, options.target)
+    print(text)
+    print(html_path)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,10 @@ class CompareError(ValueError):
     """The runs cannot be set side by side."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What ``compare`` made: the page, the numbers as a file and as a value, and a plain table for the terminal."""
-
-    html_path: Path
-    json_path: Path
-    numbers: dict[str, Any]
-    text: str
-
-
-def compare(run_folders: Sequence[str | Path], out: str | Path, targets: Sequence[float] = ()) -> Comparison:
+def compare(run_folders: Sequence[str | Path], out: str | Path, targets: Sequence[float] = ()) -> tuple[Path, str]:
     """Compare runs and write ``comparison.html`` and ``comparison.json`` into folder ``out``, atomically.
+
+    Returns the path of the page and a plain table for the terminal.
 
     Parameters
     ----------
@@ -64,9 +55,9 @@ def compare(run_folders: Sequence[str | Path], out: str | Path, targets: Sequenc
     numbers = compare_numbers(logs, curves, targets, [str(folder) for folder in run_folders])
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    json_path = write_json(out / COMPARISON_JSON, numbers)
+    write_json(out / COMPARISON_JSON, numbers)
     html_path = write_text(out / COMPARISON_FILE, _make_page(numbers, curves))
-    return Comparison(html_path, json_path, numbers, format_table(numbers))
+    return html_path, format_table(numbers)
 
 
 def compare_numbers(
@@ -378,6 +369,22 @@ def _labels(logs: Sequence[RunLog], folders: Sequence[str]) -> list[str]:
     return [f"{index}: {label}" for index, label in enumerate(choices[-1], 1)]
 
 
+# what says nothing about the outcome, and what is told apart by the rows above
+_EXPECTED_TO_DIFFER = {
+    "strategy",
+    "run-dir",
+    "resume",
+    "num-workers",
+    "keep-checkpoints",
+    "reply-timeout-s",
+    "seed",
+    "num-clients",
+    "model.name",
+    "data.name",
+    "evaluation.where",
+}
+
+
 def _differences(logs: Sequence[RunLog], summaries: Sequence[dict[str, Any]]) -> list[str]:
     """Return in words what makes the runs unlike beyond their strategy."""
     found = []
@@ -385,8 +392,9 @@ def _differences(logs: Sequence[RunLog], summaries: Sequence[dict[str, Any]]) ->
         values = [summary[key] for summary in summaries]
         if len({repr(value) for value in values}) > 1:
             found.append(f"the runs differ in {key}: " + ", ".join(clean(value) for value in values))
-    for key in ("fleet", "partition"):
-        settings = [log.run.config[key] for log in logs if key in log.run.config]
+    shared = set(logs[0].run.config).intersection(*(log.run.config for log in logs[1:])) - _EXPECTED_TO_DIFFER
+    for key in sorted(shared):
+        settings = [log.run.config[key] for log in logs]
         if len({repr(value) for value in settings}) > 1:
             found.append(f"the runs differ in {key}: " + ", ".join(clean(value) for value in settings))
     for log, summary in zip(logs, summaries, strict=True):

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from reporting.curve import accuracy_curve, first_reaching
-from reporting.log import Arrival, RunLog
+from reporting.log import RunLog
 from reporting.style import (
     AMOUNT,
     BLUE,
@@ -211,29 +211,29 @@ def _draw_quantiles(ax: Axes, series: dict[int, list[tuple[int, float]]]) -> Non
 
 def draw_widths(view: View) -> Picture | None:
     """Units that each client keeps of each group at its last arrival, as a heat map."""
-    last = {key: next((r for r in reversed(rows) if r.widths), None) for key, rows in view.by_client.items()}
+    last = {key: rows[-1] for key, rows in view.by_client.items() if rows}
     full: dict[str, int] = {}
     for row in view.log.arrivals:
         for name, kept in row.widths.items():
             full[name] = max(full.get(name, 0), kept)
-    keys = [key for key in view.shown if last[key] is not None]
+    keys = [key for key in view.shown if key in last]
     if not keys or not full:
         return None
+    # a group that a row does not name is kept whole
+    kept_by = {key: {name: last[key].widths.get(name, full[name]) for name in full} for key in keys}
     names, note = list(full), view.note
     if len(names) > 60:
         step = (len(names) - 1) / 59
         names = [names[round(i * step)] for i in range(60)]
         note = f"{note} {len(names)} of {len(full)} groups are drawn.".strip()
-    shares = [[_kept(last[key], name) / full[name] if full[name] else 0.0 for name in names] for key in keys]
+    shares = [[kept_by[key][name] / max(1, full[name]) for name in names] for key in keys]
     cell = 0.24 if len(keys) <= 20 else 0.18
     figure, (ax,) = make_figure(1, 1, cell * len(keys) + (1.75 if len(names) > 8 else 1.35))
     mesh = ax.pcolormesh(shares, cmap=AMOUNT, vmin=0, vmax=1, edgecolors=SURFACE, linewidth=1.0)
     if len(names) <= 24:
         for y, key in enumerate(keys):
             for x, name in enumerate(names):
-                _cell_text(
-                    ax, x + 0.5, y + 0.5, _kept(last[key], name), shares[y][x] > 0.55, 7 if len(names) <= 16 else 6
-                )
+                _cell_text(ax, x + 0.5, y + 0.5, kept_by[key][name], shares[y][x] > 0.55, 7 if len(names) <= 16 else 6)
     set_client_ticks(ax, {key: y + 0.5 for y, key in enumerate(keys)}, view)
     ax.invert_yaxis()
     short = len(names) <= 8
@@ -264,10 +264,6 @@ def draw_widths(view: View) -> Picture | None:
         "Numbers are kept units, at each client's last reply; colour is the share of the widest seen in this run. "
         f"{note}".strip(),
     )
-
-
-def _kept(row: Arrival | None, name: str) -> int:
-    return row.widths.get(name, 0) if row else 0
 
 
 def draw_coverage(view: View) -> Picture | None:

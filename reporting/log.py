@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,6 +177,7 @@ class RunLog:
     path : the file that was read.
     problems : what is wrong with the file itself, one sentence each (truncated last line, unknown events).
     num_resumes : how many times the run was continued.
+    wall_s : real time of all processes together, seconds.
     """
 
     path: Path
@@ -242,10 +244,11 @@ def read_events(path: str | Path) -> RunLog:
     found: dict[str, list[Any]] = {event: [] for event in _CLASSES}
     clients: dict[int, ClientInfo] = {}
     unknown: dict[str, int] = {}
-    wall_s = 0.0
+    walls = [float(row["wall_s"]) for _, row in rows if _is_number(row.get("wall_s"))]
+    # every process counts from zero: a clock that falls back is a resumed run, with or without a second run row
+    ends = [before for before, after in pairwise(walls) if after < before] + walls[-1:]
     for number, row in rows:
         event, where = str(row.get("event")), f"{path} line {number}"
-        wall_s = max(wall_s, _float(row.get("wall_s", 0.0)) if _is_number(row.get("wall_s")) else 0.0)
         if event == "clients":
             for item in _list(row, "clients", where):
                 client = _build(ClientInfo, item, f"{where} (clients)")
@@ -275,8 +278,8 @@ def read_events(path: str | Path) -> RunLog:
         warnings=tuple(found["warning"]),
         end=found["end"][-1] if found["end"] else None,
         problems=tuple(problems),
-        num_resumes=num_resumes,
-        wall_s=wall_s,
+        num_resumes=max(num_resumes, len(ends) - 1),
+        wall_s=sum(ends),
     )
 
 

@@ -39,8 +39,8 @@ def make_rows(
         {
             "event": "run", "strategy": strategy, "model": "resnet8", "data": "digits", "num_clients": num_clients,
             "num_parameters": 77_850, "seed": seed, "versions": {"python": "3.11.7", "torch": "2.13.0", "flwr": "1.41.0"},
-            "config": {"strategy": strategy, "num-rounds": num_rounds, "fleet": f"linear:{sigma:g}", "learning-rate": 0.05,
-                       "adaptcl.pruning-interval": 5, "partition": "dirichlet:0.5", "resume": ""},
+            "config": {"strategy": strategy, "num-rounds": num_rounds, "fleet.name": f"linear:{sigma:g}", "learning-rate": 0.05,
+                       "adaptcl.pruning-interval": 5, "data.partition": "dirichlet:0.5", "resume": ""},
         },
         {
             "event": "clients",

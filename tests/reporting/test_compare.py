@@ -38,7 +38,8 @@ def tiny(
 def test_equal_rounds_time_bytes_and_speedups_are_those_worked_out_by_hand(make_run: MakeRun, tmp_path: Path) -> None:
     slow = make_run("a", rows=tiny("fedavg", [0.5, 0.7, 0.8, 0.9], round_s=10.0, round_bytes=100))
     fast = make_run("b", rows=tiny("adaptcl", [0.4, 0.6, 0.7, 0.8, 0.88, 0.89], round_s=2.0, round_bytes=50))
-    numbers = compare([slow, fast], tmp_path / "out", targets=[0.7]).numbers
+    compare([slow, fast], tmp_path / "out", targets=[0.7])
+    numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (numbers["equal_rounds"], numbers["equal_time_s"], numbers["equal_bytes"]) == (4, 12.0, 300)
     first, second = numbers["runs"]
     assert (first["accuracy_at_equal_rounds"], second["accuracy_at_equal_rounds"]) == (0.9, 0.8)
@@ -53,12 +54,12 @@ def test_equal_rounds_time_bytes_and_speedups_are_those_worked_out_by_hand(make_
 
 def test_one_page_json_and_table_are_written_and_name_every_run(make_run: MakeRun, tmp_path: Path) -> None:
     folders = [make_run(name, strategy=name, num_rounds=12) for name in ("fedavg", "adaptcl", "heterofl")]
-    result = compare(folders, tmp_path / "new" / "out")
-    page = result.html_path.read_text(encoding="utf-8")
-    assert json.loads(result.json_path.read_text())["first"] == "fedavg"
+    html_path, text = compare(folders, tmp_path / "new" / "out")
+    page = html_path.read_text(encoding="utf-8")
+    assert json.loads((html_path.parent / "comparison.json").read_text())["first"] == "fedavg"
     for name in ("fedavg", "adaptcl", "heterofl"):
         assert name in page
-        assert name in result.text
+        assert name in text
     assert page.count("<svg") == 1
     assert "http" not in page.replace("http://www.w3.org", "")
 
@@ -66,11 +67,12 @@ def test_one_page_json_and_table_are_written_and_name_every_run(make_run: MakeRu
 def test_a_target_never_reached_has_no_speedup(make_run: MakeRun, tmp_path: Path) -> None:
     good = make_run("a", rows=tiny("fedavg", [0.5, 0.9], 1.0, 1))
     bad = make_run("b", rows=tiny("fedavg", [0.1, 0.2], 1.0, 1, seed=2))
-    result = compare([good, bad], tmp_path)
-    assert result.numbers["runs"][1]["targets"][0]["speedup"] is None
-    assert "never" in result.text
-    assert [run["label"] for run in result.numbers["runs"]] == ["fedavg, seed 1", "fedavg, seed 2"]
-    assert any("seed" in text for text in result.numbers["differences"])
+    _, text = compare([good, bad], tmp_path)
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    assert numbers["runs"][1]["targets"][0]["speedup"] is None
+    assert "never" in text
+    assert [run["label"] for run in numbers["runs"]] == ["fedavg, seed 1", "fedavg, seed 2"]
+    assert any("seed" in text for text in numbers["differences"])
 
 
 def test_runs_that_cannot_be_compared_are_refused_with_the_reason(make_run: MakeRun, tmp_path: Path) -> None:
@@ -100,3 +102,10 @@ def test_the_command_line_fails_with_one_line_and_a_code(tmp_path: Path, capsys:
     error = capsys.readouterr().err
     assert error.startswith("error: event log: cannot read")
     assert error.count("\n") == 1
+
+
+def test_settings_that_differ_beside_the_strategy_are_named(make_run: MakeRun, tmp_path: Path) -> None:
+    folders = [make_run(f"run{sigma}", sigma=sigma, num_rounds=2, num_clients=3) for sigma in (2.0, 5.0)]
+    compare(folders, tmp_path)
+    differences = json.loads((tmp_path / "comparison.json").read_text())["differences"]
+    assert differences == ["the runs differ in fleet.name: linear:2, linear:5"]

@@ -100,3 +100,11 @@ def test_a_missing_file_and_a_file_that_is_no_log_say_so(tmp_path: Path) -> None
         read_events(tmp_path)
     with pytest.raises(LogError, match="no 'run' row"):
         read_events(write(tmp_path / "events.jsonl", {"event": "end", "status": "completed"}))
+
+
+def test_a_log_whose_clock_starts_anew_is_that_of_a_resumed_run_and_real_times_add_up(tmp_path: Path) -> None:
+    merges = [
+        {"event": "merge", "server_round": i, "time_s": i, "wall_s": w} for i, w in ((1, 4.0), (2, 9.0), (3, 1.5))
+    ]
+    log = read_events(write(tmp_path / "events.jsonl", RUN, *merges))
+    assert (log.num_resumes, log.wall_s) == (1, 10.5)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from reporting.figures import DRAWINGS, draw_adaptation, draw_labels
+from reporting.figures import DRAWINGS, draw_adaptation, draw_labels, draw_widths
 from reporting.log import read_events
 from reporting.report import write_report
 from reporting.style import style
@@ -177,3 +177,23 @@ def test_reporting_imports_neither_flwr_nor_torch() -> None:
     )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_group_that_a_reply_does_not_name_is_shown_whole(make_run: MakeRun) -> None:
+    reply = {
+        "event": "arrival",
+        "server_round": 1,
+        "status": "merged",
+        "update_time_s": 1.0,
+        "start_s": 0,
+        "finish_s": 1,
+    }
+    rows = [
+        {"event": "run", "strategy": "heterofl"},
+        {**reply, "partition_id": 0, "widths": {"stem": 16, "inner": 4}},
+        {**reply, "partition_id": 1, "widths": {"stem": 8}},
+    ]
+    with style():
+        picture = draw_widths(View(read_events(make_run(rows=rows))))
+    assert picture is not None
+    assert "keeps 50.0 %" in picture.svg
