@@ -233,7 +233,8 @@ def _headlines(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
         known = [run for run in numbers["runs"] if run[key] is not None]
         if known:
             run = max(known, key=lambda run: run[key])
-            cards.append((name, run["label"], f"{format_percent(run[key])} after {limit}"))
+            winners = [other["label"] for other in known if other[key] == run[key]]
+            cards.append((name, _tie(winners), f"{format_percent(run[key])} after {limit}"))
     reached = [run for run in numbers["runs"] if run["targets"][0]["time_s"] is not None]
     if reached:
         run = min(reached, key=lambda run: run["targets"][0]["time_s"])
@@ -241,11 +242,16 @@ def _headlines(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
         cards.append(
             (
                 f"first to reach {format_percent(row['accuracy'])}",
-                run["label"],
+                _tie([r["label"] for r in reached if r["targets"][0]["time_s"] == row["time_s"]]),
                 f"{format_seconds(row['time_s'])}, {format_factor(row['speedup'])} the first run's speed",
             )
         )
     return cards
+
+
+def _tie(labels: Sequence[str]) -> str:
+    """Return the winners of one measure; more than two would not fit a card."""
+    return " = ".join(labels) if len(labels) < 3 else f"{len(labels)} runs tie"
 
 
 def _targets_section(numbers: dict[str, Any]) -> Section:

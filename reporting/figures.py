@@ -219,21 +219,31 @@ def draw_widths(view: View) -> Picture | None:
     keys = [key for key in view.shown if key in last]
     if not keys or not full:
         return None
-    # a group that a row does not name is kept whole
-    kept_by = {key: {name: last[key].widths.get(name, full[name]) for name in full} for key in keys}
+    if any(name not in last[key].widths for key in keys for name in full):
+        # then the log need not hold the size of the whole group anywhere
+        note_whole = 'Groups that a reply does not name are kept whole ("all"); '
+    else:
+        note_whole = ""
     names, note = list(full), view.note
     if len(names) > 60:
         step = (len(names) - 1) / 59
         names = [names[round(i * step)] for i in range(60)]
         note = f"{note} {len(names)} of {len(full)} groups are drawn.".strip()
-    shares = [[kept_by[key][name] / max(1, full[name]) for name in names] for key in keys]
+    shares = [[last[key].widths.get(name, full[name]) / max(1, full[name]) for name in names] for key in keys]
     cell = 0.24 if len(keys) <= 20 else 0.18
     figure, (ax,) = make_figure(1, 1, cell * len(keys) + (1.75 if len(names) > 8 else 1.35))
     mesh = ax.pcolormesh(shares, cmap=AMOUNT, vmin=0, vmax=1, edgecolors=SURFACE, linewidth=1.0)
     if len(names) <= 24:
         for y, key in enumerate(keys):
             for x, name in enumerate(names):
-                _cell_text(ax, x + 0.5, y + 0.5, kept_by[key][name], shares[y][x] > 0.55, 7 if len(names) <= 16 else 6)
+                _cell_text(
+                    ax,
+                    x + 0.5,
+                    y + 0.5,
+                    last[key].widths.get(name, "all"),
+                    shares[y][x] > 0.55,
+                    7 if len(names) <= 16 else 6,
+                )
     set_client_ticks(ax, {key: y + 0.5 for y, key in enumerate(keys)}, view)
     ax.invert_yaxis()
     short = len(names) <= 8
@@ -261,7 +271,8 @@ def draw_widths(view: View) -> Picture | None:
             "Kept units per group and client",
             f"The narrowest cell keeps {format_percent(least)} of the widest seen.",
         ),
-        "Numbers are kept units, at each client's last reply; colour is the share of the widest seen in this run. "
+        "Numbers are kept units, at each client's last reply. "
+        f"{note_whole or ''}{'c' if note_whole else 'C'}olour is the share of the widest number in the log. "
         f"{note}".strip(),
     )
 
@@ -292,32 +303,37 @@ def draw_coverage(view: View) -> Picture | None:
     format_axis(axes[0], "y", "count")
     uncovered = [(row.global_version, row.uncovered_ratio) for row in merges if row.uncovered_ratio is not None]
     set_legend_above(axes[0])
-    worst = sorted(means, key=lambda name: (fmean(means[name]), name))[:12]
+    # the parts of one layer mostly share their history: one bar for all that do
+    alike: dict[tuple[float, ...], list[str]] = {}
+    for name, shares in means.items():
+        alike.setdefault(tuple(round(share, 9) for share in shares), []).append(name)
+    parts = {names[0] + (f" +{len(names) - 1}" if names[1:] else ""): list(key) for key, names in alike.items()}
+    worst = sorted(parts, key=lambda name: (fmean(parts[name]), name))[:12]
     axes[1].barh(
-        range(len(worst)), [fmean(means[name]) for name in worst], color=SKY, height=0.6, label="mean over the run"
+        range(len(worst)), [fmean(parts[name]) for name in worst], color=SKY, height=0.6, label="mean over the run"
     )
     axes[1].plot(
-        [means[name][-1] for name in worst], range(len(worst)), "D", color=INK, markersize=3.6, label="last merge"
+        [parts[name][-1] for name in worst], range(len(worst)), "D", color=INK, markersize=3.6, label="last merge"
     )
     axes[1].set_yticks(range(len(worst)), [clean(name, 34) for name in worst])
     axes[1].invert_yaxis()
     axes[1].set_xlim(0, 1.02)
-    axes[1].set_title("least-trained groups: share of clients that hold a unit", pad=20)
+    axes[1].set_title("least-trained parts: mean share of clients that hold them", pad=20)
     set_legend_above(axes[1], 1.2)
     hide_grid(axes[1], "y")
     format_axis(axes[1], "x", "percent")
     most = max((share for _, share in uncovered), default=0.0)
-    note = (
-        f"At most {format_percent(most, 2)} of the entries were held by nobody in one merge; they kept their value."
-        if uncovered
-        else ""
-    )
-    if len(means) > len(worst):
-        note = f"{note} The {len(worst)} least covered of {len(means)} groups are drawn.".strip()
+    note = f"At most {format_percent(most, 2)} of the entries were held by nobody in one merge; they kept their value."
+    if not most:
+        note = "Every entry was held by somebody in every merge." if uncovered else ""
+    if len(parts) < len(means):
+        note += " +N stands for N more parts with the same figures."
+    if len(worst) < len(parts):
+        note += f" The {len(worst)} least covered of {len(parts)} are drawn."
     return Picture(
         "Coverage",
         render(figure, "coverage", "Coverage of the model", "N* per merge and the least covered groups."),
-        note,
+        note.strip(),
     )
 
 
@@ -449,7 +465,7 @@ def draw_all(log: RunLog) -> dict[str, Picture]:
     return {name: picture for name, picture in drawn.items() if picture is not None}
 
 
-def _cell_text(ax: Axes, x: float, y: float, count: int, on_dark: bool, size: float = 7.0) -> None:
+def _cell_text(ax: Axes, x: float, y: float, count: int | str, on_dark: bool, size: float = 7.0) -> None:
     text = ax.text(x, y, str(count), ha="center", va="center", fontsize=size, color="#fdfdfb" if on_dark else "#20242a")
     # hundreds of them lie inside the axes anyway, and measuring each is slow
     text.set_in_layout(False)

@@ -77,6 +77,7 @@ def make_page(log: RunLog, summary: dict[str, Any]) -> str:
         f"{format_count(log.run.num_parameters)} parameters{seed}"
         f" · {format_seconds(summary['total_wall_s'])} of real time"
     )
+    settings = _pairs(log.run.config)
     return fill(
         "report",
         title=clean(f"{log.run.strategy} · {log.run.model} on {log.run.data}", 120),
@@ -86,7 +87,7 @@ def make_page(log: RunLog, summary: dict[str, Any]) -> str:
         headlines=_headlines(summary),
         warnings=_warnings(log),
         sections=sections,
-        pairs=[_pairs(log.run.config), _pairs(log.run.versions)],
+        pairs=[settings[: -(-len(settings) // 2)], settings[-(-len(settings) // 2) :], _pairs(log.run.versions)],
         log_name=EVENTS_FILE,
     )
 

@@ -61,7 +61,7 @@ tfoot td { font-weight: 600; border-top: 1px solid var(--line); border-bottom: 0
 th.text, td.text { text-align: left; }
 td.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
 td.best { font-weight: 700; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 0 36px; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 36px; align-items: start; }
 .pairs table td:first-child { color: var(--muted); text-align: left; white-space: normal; } .pairs td { text-align: left; padding: 4px 8px 4px 0; }
 .pairs td + td { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 12.5px; white-space: normal; overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: 18px; height: 4px; border-radius: 2px; margin-right: 8px; vertical-align: 3px; }
@@ -81,7 +81,7 @@ BASE = """<!DOCTYPE html>
 <body>
 {% macro table(columns, rows, total=none) -%}
 <div class="scroll{% if columns|length > 9 %} wide{% endif %}" tabindex="0"><table>
-<thead><tr>{% for name, is_text in columns %}<th scope="col"{% if is_text %} class="text"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name, is_text in columns %}<th scope="col"{% if is_text %} class="text"{% endif %}>{{ name | replace(" %", "\u00a0%") }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for cell in row %}<td{% if columns[loop.index0][1] %} class="text"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 {% if total %}<tfoot><tr>{% for cell in total %}<td{% if columns[loop.index0][1] %} class="text"{% endif %}>{{ cell }}</td>{% endfor %}</tr></tfoot>{% endif %}

@@ -96,7 +96,7 @@ def set_client_ticks(ax: Axes, places: dict[int, Any], view: View) -> None:
     devices = {client.partition_id: client.device for client in view.log.clients}
     crowded = len(places) > 20
     texts = [
-        f"{key} · {clean(devices[key], 16)}" if devices.get(key, "?") != "?" else f"client {key}" for key in places
+        f"{key} · {clean(devices[key], 22)}" if devices.get(key, "?") != "?" else f"client {key}" for key in places
     ]
     ax.set_yticks(list(places.values()), texts, fontsize=6 if crowded else 7.5)
 
