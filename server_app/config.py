@@ -24,17 +24,17 @@ class FleetConfig:
     name : ``uniform``, ``linear:SIGMA``, ``two-tier``, ``jetson-16``, ``long-tail`` or a TOML file; ``none`` in
         deployment, where the clock is the wall.
     noise : relative standard deviation of durations.
-    drop_out : probability that a client does not answer.
+    drop_out_ratio : share of the requests that are never answered.
     """
 
     name: str = "linear:5"
     noise: float = 0.02
-    drop_out: float = 0.0
+    drop_out_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every range."""
         require(0 <= self.noise < 1, "noise", self.noise, "in [0, 1)")
-        require(0 <= self.drop_out < 1, "drop-out", self.drop_out, "in [0, 1)")
+        require(0 <= self.drop_out_ratio < 1, "drop-out-ratio", self.drop_out_ratio, "in [0, 1)")
 
 
 @dataclass(frozen=True)

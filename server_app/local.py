@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import client_app.handler
 from server_app.config import Config
 from server_app.run import run
@@ -14,6 +16,7 @@ from wire.local import LocalTransport
 
 def run_local(config: Config, show: Callable[[str], None] = print) -> Path:
     """Carry out one run in processes of this machine and return its folder; see ``server_app.run.run``."""
+    torch.set_num_threads(1)  # clients at once beat threads in one client, and sums do not depend on the machine
     num_workers = config.run.num_workers or min(os.cpu_count() or 1, config.run.num_clients)
     with_pool = num_workers if num_workers > 1 else 0
     transport = LocalTransport(

@@ -107,7 +107,9 @@ def build(config: Config, folder: Path, listen: Callable[[dict[str, Any]], None]
     fleet = run_config.fleet
     durations = None
     if fleet.name != "none":
-        devices = make_fleet(fleet.name, run_config.num_clients, seed=run_config.seed, drop_out=fleet.drop_out)
+        devices = make_fleet(
+            fleet.name, run_config.num_clients, seed=run_config.seed, drop_out_ratio=fleet.drop_out_ratio or None
+        )
         durations = DurationModel(devices, seed=run_config.seed, noise=fleet.noise)
     job = Job(
         model=run_config.model,
