@@ -27,7 +27,7 @@ class ImageData:
     Attributes
     ----------
     name : name it was loaded by.
-    x_train, x_test : images, [N, H, W] or [N, H, W, C] with C in (1, 3, 4); uint8 (0 to 255), or float32 taken as it is.
+    x_train, x_test : images, [N, H, W] or [N, H, W, C] with C in (1, 3, 4); uint8 (0 to 255), or float32 as it is.
     y_train, y_test : class of each image, int64, [N].
     num_classes : largest label of both parts + 1.
     mean, std : mean and standard deviation of each channel of the training images, [C]; uint8 images divided by 255
@@ -140,8 +140,8 @@ def _from_function(name: str, module_name: str, function_name: str) -> ImageData
         checked = _image_data(name, (made.x_train, made.y_train, made.x_test, made.y_test))
         if made.num_classes < checked.num_classes or not len(made.mean) == len(made.std) == checked.in_channels:
             raise DataError(
-                f"data {name!r}: num_classes {made.num_classes}, mean {made.mean} and std {made.std} do not fit labels up "
-                f"to {checked.num_classes - 1} and {checked.in_channels} channels"
+                f"data {name!r}: num_classes {made.num_classes}, mean {made.mean} and std {made.std} do not fit labels "
+                f"up to {checked.num_classes - 1} and {checked.in_channels} channels"
             )
         return replace(checked, num_classes=made.num_classes, mean=made.mean, std=made.std)
     if not isinstance(made, tuple | list) or len(made) != 4:

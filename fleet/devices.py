@@ -7,10 +7,10 @@ part of it, and that part is what counts here::
 
 The fractions are assumptions of this project, one per class of device, chosen at the low end of what is reported:
 
-- GPUs .30. Hobbhahn and Sevilla (Epoch, "How to measure FLOP/s for neural networks empirically", 2021) measured .30 to
-  .75 on a Tesla P100 for most networks, growing with the batch; clients train small batches.
-- CPUs with active or sufficient cooling .25. Double-precision Linpack reaches about .4 to .55 of peak on the Raspberry
-  Pi 4 and 5; convolutions with small batches, and their backward pass, less.
+- GPUs .30. Hobbhahn (Epoch, epochai.org/blog/measure-FLOPs-empirically) measured .30 to .75 on a Tesla P100 for most
+  networks, more with large batches; clients train small ones.
+- CPUs with sufficient cooling .25. No measurement behind it: convolutions with small batches, and their backward pass,
+  stay well below what dense linear algebra reaches.
 - Phones .10: no fan, a big.LITTLE mix that one parallel loop cannot use whole, and the phone's other work.
 
 FP32 throughout, because that is what clients train in; tensor cores and INT8 figures ("TOPS") do not apply.

@@ -35,6 +35,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def _devices(where: str, table: Any) -> list[DeviceProfile]:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise FleetError(f"{where}: count must be a whole number >= 1, got {count!r}")
     slowdown = _number(where, "slowdown", table.pop("slowdown", 1.0))
+    if not (isfinite(slowdown) and slowdown > 0):
+        raise FleetError(f"{where}: slowdown must be a finite number > 0, got {slowdown!r}")
     name = table.pop("profile", None)
     if name is None:
         device = _build(where, DeviceProfile, {"source": "fleet file", **table}, ("profile", "count", "slowdown"))
