@@ -318,8 +318,8 @@ class SubModelStrategy(Strategy):
         free = [pid for pid in exchange.transport.clients() if pid not in busy]
         if durations is not None:
             awake = [pid for pid in free if durations.is_available(pid, exchange.now_s)]
-            while free and not awake and not busy:
-                exchange.advance_to(exchange.now_s + max(1.0, 0.01 * exchange.now_s))
+            if free and not awake and not busy:
+                exchange.advance_to(min(durations.next_available_s(pid, exchange.now_s) for pid in free))
                 awake = [pid for pid in free if durations.is_available(pid, exchange.now_s)]
             free = awake
         wanted = self.loop.clients_per_round
@@ -432,7 +432,7 @@ class SubModelStrategy(Strategy):
             "download_bytes": entry.download_bytes,
             "upload_bytes": 0,
             "retention_ratio": self.cost.retention_ratio(entry.spec),
-            "widths": {name: len(units) for name, units in entry.spec.kept},
+            "widths": entry.spec.widths(self.layout),
             "depth": entry.spec.depth,
         }
         if isinstance(arrival.answer, Report):

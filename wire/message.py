@@ -43,7 +43,8 @@ class DataConfig:
         ``hub:NAME`` or ``package.module:function``.
     dir : directory of the torchvision data sets.
     download : let torchvision or the hub download them.
-    partition : ``iid``, ``dirichlet:ALPHA``, ``pathological:CLASSES`` or ``quantity:SIGMA``.
+    partition : ``iid``, ``dirichlet:ALPHA`` (labels and sizes differ), ``balanced-dirichlet:ALPHA`` (labels differ, sizes
+        do not: update times then tell devices apart, not data), ``pathological:CLASSES`` or ``quantity:SIGMA``.
     min_size : least examples of a client.
     test_ratio : share of its examples that a client keeps for its own test.
     max_train : use only this many training examples; 0 for all.
@@ -54,7 +55,7 @@ class DataConfig:
     name: str = "digits"
     dir: str = "data"
     download: bool = False
-    partition: str = "dirichlet:0.5"
+    partition: str = "balanced-dirichlet:0.5"
     min_size: int = 10
     test_ratio: float = 0.2
     max_train: int = 0
