@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -59,7 +60,8 @@ def traced_layout(model: nn.Module, example_input: Tensor) -> Layout:
     Units are channels, neurons, and heads where attention is recognisable (children ``qkv`` and ``proj``, or three
     separate layers). A group is named after the layer that writes it. The rows of the classifier form the group
     ``classes``, which is not exact. Every group that is not understood is left out, so kept whole, with a
-    warning in the log that names it. The result has no blocks and is a candidate only: hand it to ``pruning.prove.prove``.
+    warning in the log that names it. A model that Torch-Pruning cannot trace at all gets an empty layout. The result
+    has no blocks and is a candidate only: hand it to ``pruning.prove.prove``.
 
     Parameters
     ----------
@@ -69,15 +71,26 @@ def traced_layout(model: nn.Module, example_input: Tensor) -> Layout:
     Raises
     ------
     TraceError
-        If Torch-Pruning is not installed or fails on this model.
+        If Torch-Pruning is not installed, or the model does not run on ``example_input``.
     """
     pruning_library = _import_torch_pruning()
     model = copy.deepcopy(model).eval().requires_grad_(True)
-    graph = _build_graph(pruning_library, model, example_input)
-    tracer = _Tracer(pruning_library, graph, model)
-    with torch.no_grad():
-        outputs = model(example_input)
-    return tracer.layout(_num_logits(outputs))
+    try:
+        with torch.no_grad():
+            outputs = model(example_input)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} does not run on an input of shape {tuple(example_input.shape)} "
+            f"({type(error).__name__}: {error}); give it the image size and channels it is made for"
+        ) from error
+    try:
+        graph = _build_graph(pruning_library, model, example_input)
+    except Exception as error:
+        # The library has no error type of its own: whatever it stumbles over, the model as such is fine.
+        reason = f"Torch-Pruning cannot trace it ({type(error).__name__}: {error})"
+        logger.warning("%s is kept whole, every group of it: %s", type(model).__name__, reason)
+        return Layout(())
+    return _Tracer(pruning_library, graph, model).layout(_num_logits(outputs))
 
 
 def _import_torch_pruning() -> ModuleType:
@@ -93,15 +106,9 @@ def _import_torch_pruning() -> ModuleType:
 def _build_graph(library: ModuleType, model: nn.Module, example_input: Tensor) -> Any:
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            return library.DependencyGraph().build_dependency(
-                model, example_inputs=(example_input,), output_transform=_mark_outputs, verbose=False
-            )
-        except Exception as error:
-            raise TraceError(
-                f"{type(model).__name__}: Torch-Pruning cannot trace it ({type(error).__name__}: {error}); check that it runs "
-                f"on an input of shape {tuple(example_input.shape)}, or declare its layout yourself"
-            ) from error
+        return library.DependencyGraph().build_dependency(
+            model, example_inputs=(example_input,), output_transform=_mark_outputs, verbose=False
+        )
 
 
 def _mark_outputs(outputs: Any) -> list[Tensor]:
@@ -133,7 +140,9 @@ class _Tracer:
         self.tied = {key for keys in by_storage.values() if len(keys) > 1 for key in keys}
         self.shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         self.attentions = tuple(_find_attentions(model))
-        self.taken: dict[tuple[str, int], dict[int, str]] = {}
+        self.written: set[nn.Module] = set()
+        self.widest = max((size for shape in self.shapes.values() for size in shape), default=0)
+        self.max_visits = 100 * (len(graph.module2node) + 10)
 
     def layout(self, num_logits: int | None) -> Layout:
         """All groups that are understood, in the order of the network's state dict."""
@@ -144,12 +153,12 @@ class _Tracer:
         }
         groups: list[Group] = [_head_group(a, self.shapes) for a in self.attentions]
         classifier: list[Axis] = []
-        for traced in self._traced_groups():
-            name = self.path_of[traced[0].dep.target.module]
+        for root in self._roots():
+            name = self.path_of[root]
             if name in owned_by_heads and not owned_by_heads[name]:
                 continue  # the outputs of a qkv layer: declared as heads
             try:
-                found, reaches_output = self._understand(name, traced)
+                found, reaches_output = self._understand(root)
             except _NotUnderstoodError as reason:
                 logger.warning("group %s is kept whole: %s", name, reason)
                 continue
@@ -172,35 +181,64 @@ class _Tracer:
         groups.sort(key=lambda group: (not group.exact, min(order[axis.key] for axis in group.axes)))
         return self._without_conflicts(groups)
 
-    def _traced_groups(self) -> Iterator[Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                yield from self.graph.get_all_groups()
-            except Exception as error:
-                raise TraceError(
-                    f"{type(self.model).__name__}: Torch-Pruning cannot list its groups ({type(error).__name__}: {error}); "
-                    "declare its layout yourself"
-                ) from error
+    def _roots(self) -> Iterator[nn.Module]:
+        """Layers that write units nobody has claimed yet, last layer first as Torch-Pruning lists them."""
+        for module in list(self.graph.module2node):
+            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and module not in self.written:
+                yield module
 
-    def _understand(self, name: str, traced: Any) -> tuple[list[Group], bool]:
-        """Our groups for one of Torch-Pruning's, and whether its units are part of the model's output."""
-        footprints: dict[int, Footprint] = {}
+    def _understand(self, root: nn.Module) -> tuple[list[Group], bool]:
+        """Groups of the units that ``root`` writes, and whether they are part of the model's output.
+
+        Follows Torch-Pruning's dependencies as its own ``get_pruning_group`` does, with two differences: a position
+        claimed by two units is noticed, and a walk that leaves the tensors is ended (strided slices send the library's
+        own walk round in circles for ever).
+        """
+        handler = self.graph.get_pruner_of_module(root).prune_out_channels
+        num_units = self.graph.get_out_channels(root)
+        name = self.path_of[root]
+        start = [self.library._helpers._HybridIndex(idx=u, root_idx=u) for u in range(num_units)]
+        todo = [(self.graph.module2node[root], handler, start)]
+        seen: set[Any] = set()
+        owner: dict[tuple[str, int, int], int] = {}
+        problem: str | None = None
         reaches_output = False
-        for item in traced:
-            node = item.dep.target
+        while todo:
+            node, handler, indices = todo.pop()
+            visit = (id(node), handler, frozenset(indices))
+            if visit in seen:
+                continue
+            seen.add(visit)
+            if self.graph.is_out_channel_pruning_fn(handler) and isinstance(node.module, nn.Module):
+                self.written.add(node.module)
             reaches_output = reaches_output or node.type == self.library.ops.OPTYPE.OUTPUT
-            for key, dim in self._entries(item):
-                for position, unit in zip(item.idxs, item.root_idxs, strict=True):
-                    if not isinstance(unit, int):
-                        raise _NotUnderstoodError(f"units cannot be followed into {key!r}")
-                    footprints.setdefault(unit, {}).setdefault((key, dim), []).append(position)
+            if any(i.root_idx is None or not 0 <= i.idx < self.widest for i in indices) or len(seen) > self.max_visits:
+                raise _NotUnderstoodError(problem or "its units cannot be followed through slices or reshapes")
+            try:
+                for key, dim in self._entries(node, handler):
+                    for position, unit in indices:
+                        if owner.setdefault((key, dim, position), unit) != unit:
+                            raise _NotUnderstoodError(f"several units meet in one position of {key!r}")
+            except _NotUnderstoodError as error:
+                # Walk on all the same, so that the other layers of this group are not reported one by one.
+                problem = problem or str(error)
+            for dependency in node.dependencies:
+                if dependency.is_triggered_by(handler):
+                    mapped = indices
+                    for mapping in dependency.index_mapping:
+                        mapped = mapped if mapping is None else mapping(mapped)
+                    if mapped:
+                        todo.append((dependency.target, dependency.handler, mapped))
+        if problem is not None:
+            raise _NotUnderstoodError(problem)
+        footprints: dict[int, Footprint] = {}
+        for (key, dim, position), unit in owner.items():
+            footprints.setdefault(unit, {}).setdefault((key, dim), []).append(position)
         return list(_split_uniform(name, footprints)), reaches_output
 
-    def _entries(self, item: Any) -> list[tuple[str, int]]:
-        """State-dict entries and axes that one item of a group prunes."""
-        node, graph = item.dep.target, self.graph
-        module = node.module
+    def _entries(self, node: Any, handler: Any) -> list[tuple[str, int]]:
+        """State-dict entries and axes that narrowing the inputs or outputs of one node of the graph prunes."""
+        module, graph = node.module, self.graph
         if isinstance(module, nn.Parameter):
             key = self.parameter_name[id(module)]
             entries = [(key, node.pruning_dim)]
@@ -210,9 +248,9 @@ class _Tracer:
             path = self.path_of[module]
             if any(
                 path == f"{a.path}.{a.output}".lstrip(".") for a in self.attentions
-            ) and graph.is_in_channel_pruning_fn(item.dep.handler):
+            ) and graph.is_in_channel_pruning_fn(handler):
                 raise _NotUnderstoodError(f"its units would be mixed with the heads that {path!r} reads")
-            names = _pruned_tensors(module, path, is_input=_is_input(graph, item.dep.handler, module))
+            names = _pruned_tensors(module, path, is_input=_is_input(graph, handler, module))
             entries = [(f"{path}.{tensor}".lstrip("."), dim) for tensor, dim in names]
         for key, dim in entries:
             if key not in self.shapes:
@@ -241,7 +279,7 @@ def _is_input(graph: Any, handler: Any, module: nn.Module) -> bool:
 
 
 def _pruned_tensors(module: nn.Module, path: str, *, is_input: bool) -> list[tuple[str, int]]:
-    """(tensor name, axis) pairs of a layer whose inputs or outputs are pruned; raises where that is not exact or unknown."""
+    """(tensor name, axis) pairs of a layer whose inputs or outputs are pruned; raises where that is not exact."""
     present = {name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor is not None}
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return [(name, 0) for name in ("weight", "bias", "running_mean", "running_var") if name in present]
@@ -274,7 +312,7 @@ def _split_uniform(name: str, footprints: dict[int, Footprint]) -> Iterator[Grou
         for positions in footprints[unit].values():
             positions.sort()
     stretches: list[list[int]] = [[units[0]]]
-    for before, unit in zip(units, units[1:], strict=False):
+    for before, unit in pairwise(units):
         if unit == before + 1 and _follows(footprints[before], footprints[unit]):
             stretches[-1].append(unit)
         else:

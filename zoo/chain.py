@@ -15,7 +15,7 @@ class BlockChain(nn.Module):
     ----------
     stem : what comes before the first block.
     blocks : the chain.
-    heads : classifiers; with exits ``heads[j]`` stands behind ``blocks[exits[j]]``, without there is one behind the last block.
+    heads : classifiers; with exits ``heads[j]`` stands behind ``blocks[exits[j]]``, else one behind the last block.
     exits : indices of the blocks that have an exit head behind them, empty for a model with one output.
     """
 

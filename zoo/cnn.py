@@ -1,4 +1,4 @@
-"""Two small convolutional networks: ``cnn`` (batch norm, any image size) and ``lenet`` (AdaSplit's five weight layers)."""
+"""Two small convolutional networks: ``cnn`` (batch norm) and ``lenet`` (AdaSplit's five weight layers)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cnn(
     channels: Sequence[int] = (32, 64, 128),
     width: float = 1.0,
 ) -> tuple[BlockChain, Layout]:
-    """Three 3x3 convolutions with batch norm, global average pooling, linear: 94,762 parameters for 3 x 32 x 32, 10 classes.
+    """Three 3x3 convolutions with batch norm, global average pooling, linear: 94,762 parameters by default.
 
     All stages but the last halve the image; pooling is adaptive, so digits of 8 x 8 work as well.
     Units: channels (``stage1``, ``stage2``, ``stage3``).
@@ -29,7 +29,8 @@ def cnn(
     smallest = 2 ** (len(widths) - 1)
     if not widths or image_size < smallest:
         raise ValueError(
-            f"cnn: {len(widths)} stages need image-size >= {smallest} and at least one stage, got image-size {image_size}"
+            f"cnn: {len(widths)} stages need image-size >= {smallest} "
+            f"and at least one stage, got image-size {image_size}"
         )
     blocks: list[nn.Module] = []
     before = in_channels

@@ -21,7 +21,7 @@ def _conv_norm_relu(before: int, after: int, kernel: int, stride: int = 1, depth
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion (absent when ``inner`` is None), 3x3 depthwise, linear 1x1 projection, identity shortcut if shapes agree."""
+    """1x1 expansion (none if ``inner`` is None), 3x3 depthwise, linear 1x1 projection, added to x if ``residual``."""
 
     def __init__(self, before: int, inner: int | None, after: int, stride: int, residual: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def mobilenet_v2(
         after = scale_width(channels, width)
         for position in range(count):
             stride = (1 if small and stage == 2 else first_stride) if position == 0 else 1
-            # The expansion belongs to the architecture: scale the full model's, so that sub-model and narrow model agree.
+            # Scale the full model's expanded width, so that a sub-model and a narrow model agree.
             full_before = channels if position else (STAGES[stage - 2][1] if stage > 1 else STEM_CHANNELS)
             inner = None if expansion == 1 else scale_width(expansion * full_before, width)
             prefix, residual = f"blocks.{len(blocks)}", position > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -65,7 +66,7 @@ def get_model(
 
     Parameters
     ----------
-    name : a name of ``model_names()``, ``torchvision:NAME``, ``timm:NAME``, or ``package.module:function``. The function gets
+    name : a name of ``model_names()``, ``torchvision:NAME``, ``timm:NAME``, or ``package.module:function``, which gets
         those of ``num_classes``, ``in_channels``, ``image_size`` and the options that its signature names and returns a
         module or a (module, Layout) pair; a layout of its own is proved as well and must hold.
     num_classes : number of logits.
@@ -104,11 +105,39 @@ def get_model(
             "package.module:function"
         )
     build = {"torchvision": _torchvision, "timm": _timm}.get(source)
-    model = build(rest, options, **sizes) if build else _custom(source, rest, {**sizes, **options})
-    example = torch.randn(2, in_channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    if isinstance(model, tuple):
-        return model[0], prove(*model, example, declared=True)
-    return model, prove(model, traced_layout(model, example), example, declared=False)
+    if build is None:
+        return _proved(lambda: _custom(source, rest, {**sizes, **options}), sizes)
+    key = (name, tuple(sizes.items()), repr(sorted(options.items())))
+    if key in _layouts:
+        return build(rest, options, **sizes), _layouts[key]
+    model, _layouts[key] = _proved(lambda: build(rest, options, **sizes), sizes)
+    return model, _layouts[key]
+
+
+_layouts: dict[tuple[object, ...], Layout] = {}
+"""Layouts proved in this process: a client that builds the same model for every message traces it once."""
+
+
+def _proved(
+    build: Callable[[], nn.Module | tuple[nn.Module, Layout]], sizes: Mapping[str, int]
+) -> tuple[nn.Module, Layout]:
+    """Build a model and prove its layout, its own or a traced one; a model on ``meta`` gets it from a real twin."""
+    built = twin = build()
+    with torch.device("cpu"):
+        example = torch.randn(
+            2,
+            sizes["in_channels"],
+            sizes["image_size"],
+            sizes["image_size"],
+            generator=torch.Generator().manual_seed(0),
+        )
+        if any(parameter.is_meta for parameter in (built[0] if isinstance(built, tuple) else built).parameters()):
+            twin = build()
+        if isinstance(twin, tuple):
+            layout = prove(*twin, example, declared=True)
+        else:
+            layout = prove(twin, traced_layout(twin, example), example, declared=False)
+    return (built[0] if isinstance(built, tuple) else built), layout
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -152,10 +181,12 @@ def _torchvision(
 
 
 def _timm(name: str, options: Mapping[str, Any], num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError as error:
-        raise ModelError(f"model 'timm:{name}' needs timm: pip install 'prunus[timm]'") from error
+    from compat.torchvision import import_torchvision
+
+    if importlib.util.find_spec("timm") is None:
+        raise ModelError(f"model 'timm:{name}' needs timm, which is not installed: pip install 'prunus[timm]'")
+    import_torchvision()  # timm imports it, and only this way of importing works for every pair of builds
+    timm = importlib.import_module("timm")
     known = timm.list_models()
     if name not in known:
         raise ModelError(f"timm has no model {name!r}{_nearest(name, known)}")

@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Batch norm and ReLU before each 3x3 convolution; the 1x1 shortcut reads the activation and has no norm (HeteroFL)."""
+    """Batch norm and ReLU before each 3x3 convolution; a 1x1 shortcut without norm reads the activation (HeteroFL)."""
 
     def __init__(self, before: int, inner: int, after: int, stride: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def cifar_resnet(
     width: float = 1.0,
     exits: bool = False,
 ) -> tuple[BlockChain, Layout]:
-    """ResNet-8/20/32/56 of He et al. (arXiv 1512.03385, section 4.2), 16-32-64 channels, projection shortcuts with norm."""
+    """ResNet-8/20/32/56 (arXiv 1512.03385, section 4.2): 16-32-64 channels, projection shortcuts with norm."""
     per_stage = (num_layers - 2) // 6
     shape = Shape(BasicBlock, (per_stage,) * 3, 16, (16, 32, 64), (16, 32, 64))
     return _build(shape.scaled(width), num_classes, in_channels, exits=exits, large_images=False)
@@ -161,9 +161,9 @@ def _build(
     heads = [PooledHead(shape.trunk[stage], num_classes, pre_activation) for stage in headed]
     model = BlockChain(nn.Sequential(stem), blocks, heads, stage_ends if exits else ())
 
-    groups = _declare_groups(model, shape, {stage_ends[stage]: j for j, stage in enumerate(headed)})
-    groups.append(classes(num_classes, *(f"heads.{j}.linear" for j in range(len(heads)))))
     heads_behind = {stage_ends[stage]: j for j, stage in enumerate(headed)}
+    groups = _declare_groups(model, shape, heads_behind)
+    groups.append(classes(num_classes, *(f"heads.{j}.linear" for j in range(len(heads)))))
     return model, Layout(tuple(groups), declare_blocks(len(blocks), heads_behind))
 
 
@@ -174,7 +174,6 @@ def _declare_groups(model: BlockChain, shape: Shape, heads_behind: dict[int, int
     trunk: list[Axis] = [*rows("stem.conv")]
     if hasattr(model.stem, "norm"):
         trunk += batch_norm("stem.norm")
-    inner: list[Group] = []
     index = 0
     for stage, count in enumerate(shape.num_blocks):
         for position in range(count):
@@ -185,8 +184,8 @@ def _declare_groups(model: BlockChain, shape: Shape, heads_behind: dict[int, int
             trunk += columns(f"{prefix}.conv1")
             label = f"stage{stage + 1}.block{position}.inner"
             norms = ("norm2",) if pre_activation else ("norm1", "norm2")
-            inner += _inner_groups(label, prefix, shape.inner[stage], norms, bottleneck=isinstance(block, Bottleneck))
-            if block.shortcut is None:
+            inner = _inner_groups(label, prefix, shape.inner[stage], norms, bottleneck=isinstance(block, Bottleneck))
+            if not any(child == "shortcut" for child, _ in block.named_children()):
                 # The first block of stage 1 may add straight onto the stem, which is then that stage's trunk.
                 name = f"stage{stage + 1}.trunk"
             else:
@@ -202,7 +201,6 @@ def _declare_groups(model: BlockChain, shape: Shape, heads_behind: dict[int, int
             if not pre_activation:
                 trunk += batch_norm(f"{prefix}.norm{last}")
             groups += inner
-            inner = []
             if index in heads_behind:
                 head = f"heads.{heads_behind[index]}"
                 trunk += (*(batch_norm(f"{head}.norm") if pre_activation else ()), *columns(f"{head}.linear"))

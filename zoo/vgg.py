@@ -1,4 +1,4 @@
-"""VGG with batch norm (Simonyan and Zisserman, arXiv 1409.1556), global pooling and one linear layer, as usual for CIFAR."""
+"""VGG with batch norm (Simonyan and Zisserman, arXiv 1409.1556), global pooling and one linear layer for CIFAR."""
 
 from __future__ import annotations
 
