@@ -45,6 +45,8 @@ def handle(instruction: Instruction) -> Report:
     model, layout, macs = sub_model(job.model, data.num_classes, shape, instruction.spec)
     model = load(model, instruction).to(device)
     if instruction.action == "evaluate":
+        if len(test) == 0:
+            raise TrainingError(f"client {instruction.partition_id} has no test example; raise data.min-size")
         metrics = evaluate(model, test.to(device))
         return Report(instruction.dispatch, instruction.partition_id, {}, len(test), metrics=metrics)
     counts = torch.bincount(train.y, minlength=data.num_classes)

@@ -10,6 +10,15 @@ from types import TracebackType
 from typing import Any
 
 
+def as_json(row: dict[str, Any]) -> str:
+    """One line of JSON; NaN and infinity, which JSON has no words for, become null (a diverged model's loss)."""
+    try:
+        return json.dumps(row, allow_nan=False, default=float)
+    except ValueError:
+        plain = json.loads(json.dumps(row, default=float), parse_constant=lambda name: None)
+        return json.dumps(plain, allow_nan=False)
+
+
 class EventLog:
     """Writes rows; the only interface between running and reporting.
 
@@ -29,7 +38,7 @@ class EventLog:
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, with the wall time since the run began in seconds."""
         row = {"event": row["event"], "wall_s": round(time.monotonic() - self._began, 6), **row}
-        self._file.write(json.dumps(row, allow_nan=False, default=float) + "\n")
+        self._file.write(as_json(row) + "\n")
         self._file.flush()
         self.num_rows += 1
         self.time_s = row.get("time_s", self.time_s)

@@ -26,7 +26,7 @@ from pruning.cost import measure_costs
 from pruning.groups import Layout
 from reporting.progress import Progress as TerminalProgress
 from reporting.report import write_report
-from server_app.checkpoint import load_checkpoint, save_checkpoint
+from server_app.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from server_app.config import Config, as_toml
 from server_app.evaluation import CentralEvaluator
 from server_app.event_log import EventLog
@@ -38,7 +38,7 @@ from wire.message import Job
 from zoo import get_model
 
 MAY_DIFFER = ("num-rounds", "num-workers", "run-dir", "resume", "transport", "reply-timeout-s", "keep-checkpoints")
-"""Keys that a resumed run may change: nothing already merged depends on them."""
+"""Keys that a resumed run may change: nothing already merged depends on them (but the cosine schedule on num-rounds)."""
 
 
 class RunFolderError(ValueError):
@@ -82,12 +82,12 @@ def prepare_folder(config: Config) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run.run_dir or f"results/{stamp}-{config.run.strategy}-{os.getpid()}").absolute()
     try:
+        if (folder / "events.jsonl").exists():
+            raise RunFolderError(f"run-dir: {folder} already holds a run; choose another, or use resume={folder}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(as_toml(config.flat()), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"run-dir: cannot write to {folder}: {error.strerror}; choose another run-dir") from error
-    if (folder / "events.jsonl").exists():
-        raise RunFolderError(f"run-dir: {folder} already holds a run; choose another, or use resume={folder}")
     return folder
 
 
@@ -194,11 +194,14 @@ def _resume(config: Config, folder: Path) -> tuple[Progress, dict[str, Any], int
     source = Path(config.run.resume)
     progress, own, before, num_rows = load_checkpoint(source)
     now = config.flat()
-    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in MAY_DIFFER]
+    may_differ = set(MAY_DIFFER) - ({"num-rounds"} if config.run.train.schedule == "cosine" else set())
+    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in may_differ]
     if changed:
         what = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
         raise ConfigError(f"config: resume: the run that is continued was configured differently: {what}")
     home = source if source.is_dir() else source.parent.parent
+    if not (home / "events.jsonl").is_file():
+        raise CheckpointError(f"resume: {source} has no event log beside it; expected {home / 'events.jsonl'}")
     with (home / "events.jsonl").open("rb") as old, (folder / "events.jsonl").open("wb") as new:
         for _ in range(num_rows):
             new.write(old.readline())

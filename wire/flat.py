@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -80,7 +81,9 @@ def _build(kind: type[T], flat: Mapping[str, Any], prefix: str) -> T:
 
 def cast_scalar(key: str, value: Any, kind: type) -> Scalar:
     """Return ``value`` as ``kind``; an integer is a fine float, nothing else is converted silently."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"config: {key}: expected a finite number, got {value!r}")
         return float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return typing.cast(Scalar, value)

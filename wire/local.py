@@ -19,6 +19,7 @@ import torch
 from wire.message import Failure, Instruction, Report
 
 Handler = Callable[[Instruction], Report]
+_READY = "ready"
 
 
 class LocalTransport:
@@ -63,7 +64,7 @@ class LocalTransport:
             if worker.current is not None and now - worker.started > self.reply_timeout_s:
                 answers.append(
                     Failure(
-                        worker.current.dispatch, worker.current.partition_id, f"no answer in {self.reply_timeout_s} s"
+                        worker.current.dispatch, worker.current.partition_id, f"no answer in {self.reply_timeout_s:g} s"
                     )
                 )
                 worker.close()
@@ -97,12 +98,16 @@ class _Worker:
         theirs.close()
         self.current: Instruction | None = None
         self.started = 0.0
+        self._is_ready = False
 
     def start(self, instruction: Instruction) -> None:
-        self.current, self.started = instruction, time.monotonic()
+        self.current = instruction
         try:
+            if not self._is_ready:  # seconds of importing are not the client's time
+                self._is_ready = self.connection.recv() == _READY
+            self.started = time.monotonic()
             self.connection.send(_pack(instruction))
-        except (BrokenPipeError, ConnectionResetError):
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join(5)
 
     def collect(self) -> Report | Failure:
@@ -137,6 +142,7 @@ def _serve(connection: Connection, handler: Handler) -> None:
     """A worker's life: one request after the other until the pipe closes."""
     torch.set_num_threads(1)
     try:
+        connection.send(_READY)
         while True:
             connection.send(_pack(answer(handler, _unpack(connection.recv()))))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
