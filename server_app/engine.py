@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -64,14 +66,17 @@ def run_app(
     state_dir: Path,
     log_path: Path,
     show: Callable[[str], None] = print,
+    is_over: Callable[[], bool] = lambda: False,
     pending_limit_s: float = 60.0,
+    closing_limit_s: float = 60.0,
 ) -> Outcome:
     """Run the Flower app in `app_dir` once and return how it ended; nothing started here outlives the call.
 
     `settings` are TOML lines that override keys of `[tool.flwr.app.config]`; `num_workers` clients train at once, one
     CPU each; `state_dir` takes a private folder for the time of the run; everything said goes to `log_path`, what a
     person wants to see to `show`. A run that stays pending for `pending_limit_s` is started once more on a new
-    SuperLink.
+    SuperLink. An engine that is still at work `closing_limit_s` after `is_over` said that the app has done its part is
+    ended, and the run counts as completed as far as the engine is concerned.
 
     Raises `EngineError` where Flower is not installed or its SuperLink does not start.
     """
@@ -85,7 +90,7 @@ def run_app(
         submit += ["--federation-config", federation]
         for attempt in range(1, MAX_RUN_ATTEMPTS + 1):
             with _superlink(home, _Log(log_file)) as superlink:
-                outcome = superlink.run(submit, show, pending_limit_s)
+                outcome = superlink.run(submit, show, is_over, pending_limit_s, closing_limit_s)
             if outcome is not None:
                 return outcome
             if attempt < MAX_RUN_ATTEMPTS:
@@ -126,6 +131,7 @@ class StreamFilter:
 
     def __init__(self) -> None:
         self._is_failing = False
+        self._is_in_traceback = False  # left to the log as well; the line with the error itself is shown
 
     def keep(self, line: str) -> str | None:
         """The line to show, or None."""
@@ -134,7 +140,11 @@ class StreamFilter:
         message = text[level.end() :] if level else text
         if message.startswith("Simulation raised an exception"):
             self._is_failing = True  # a traceback through the engine follows: the reason is reported at the end
-        if self._is_failing or not message or self._ENGINE.search(message.lstrip()):
+        if message.startswith("Traceback (most recent call last)"):
+            self._is_in_traceback = True
+        elif message and not message.startswith(" "):
+            self._is_in_traceback = False
+        if self._is_failing or self._is_in_traceback or not message or self._ENGINE.search(message.lstrip()):
             return None
         is_alarm = level is not None and level[1] in ("WARNING", "ERROR")
         return f"{level[1].lower()}: {message}" if is_alarm and level is not None else message
@@ -205,11 +215,18 @@ class _SuperLink:
     def __init__(self, home: Path, log: _Log, environment: Mapping[str, str], process: _Process) -> None:
         self._home, self._log, self._environment, self._process = home, log, environment, process
 
-    def run(self, submit: list[str], show: Callable[[str], None], pending_limit_s: float) -> Outcome | None:
+    def run(
+        self,
+        submit: list[str],
+        show: Callable[[str], None],
+        is_over: Callable[[], bool],
+        pending_limit_s: float,
+        closing_limit_s: float,
+    ) -> Outcome | None:
         """Submit a run and follow it to its end. None: it stayed pending."""
         stream = _Process(["flwr", *submit], self._home, self._log, self._environment)
         stream_filter, tail = StreamFilter(), [""]
-        has_begun, begin_s = False, time.monotonic()
+        has_begun, begin_s, over_s = False, time.monotonic(), math.inf
         while True:
             try:
                 line = stream.lines.get(timeout=0.5)
@@ -220,6 +237,10 @@ class _SuperLink:
                     if self._status()[0] in ("", *PENDING):
                         return None
                     has_begun = True
+                if is_over():
+                    over_s = min(over_s, time.monotonic())
+                if time.monotonic() - over_s > closing_limit_s:
+                    return Outcome(True)
                 continue
             if line is None:
                 break
@@ -317,7 +338,11 @@ def _make_environment(home: Path, ray_dir: Path) -> dict[str, str]:
     entries = [os.path.abspath(entry) for entry in entries if entry and Path(entry).resolve() != project_dir]
     if entries:
         environment["PYTHONPATH"] = os.pathsep.join(entries)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    programs = Path(sys.executable).parent
+    first = [str(programs)]
+    if shlex.quote(first[0]) != first[0] and programs.parent.joinpath("bin") == programs:
+        first.insert(0, str(_alias_programs(programs, ray_dir)))
+    environment["PATH"] = os.pathsep.join([*first, environment.get("PATH", os.defpath)])
     environment |= {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -331,6 +356,21 @@ def _make_environment(home: Path, ray_dir: Path) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     return environment
+
+
+def _alias_programs(programs: Path, ray_dir: Path) -> Path:
+    """A folder with a `flwr-simulation` that runs under a path without spaces.
+
+    Ray starts its workers with the driver's `sys.executable` in an unquoted shell command, so that a checkout in a
+    folder with a space in its name would wait for workers in vain.
+    """
+    (ray_dir / "environment").symlink_to(programs.parent, target_is_directory=True)
+    (ray_dir / "programs").mkdir()
+    alias = ray_dir / "environment" / "bin"
+    script = ray_dir / "programs" / "flwr-simulation"
+    script.write_text(f'#!/bin/sh\nexec {alias}/{Path(sys.executable).name} {alias}/flwr-simulation "$@"\n')
+    script.chmod(0o755)
+    return script.parent
 
 
 @contextmanager

@@ -200,7 +200,16 @@ def _start_on_engine(launch: Launch, app_dir: Path) -> Outcome:
         state_dir=app_dir / ".flwr" / "runs",
         log_path=launch.run_dir / ENGINE_LOG,
         show=_show,
+        is_over=lambda: _has_end(launch.run_dir / EVENT_LOG),
     )
+
+
+def _has_end(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        return b'"event": "end"' in file.read()
 
 
 def _start_here(carry_out: Callable[[], object]) -> Outcome:

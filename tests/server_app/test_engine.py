@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ def make_programs(folder: Path, *, superlink: str = SUPERLINK, stream: str = STR
 def run_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run an app on fake programs; returns the outcome, the lines shown and the text of the log."""
 
-    def run(**programs: str) -> tuple[Outcome, list[str], str]:
-        folder = tmp_path / "bin with space"
-        folder.mkdir()
+    def run(is_over: Callable[[], bool] = lambda: False, **programs: str) -> tuple[Outcome, list[str], str]:
+        folder = tmp_path / "a folder" / "bin"
+        folder.mkdir(parents=True)
         (folder / "python").symlink_to(sys.executable)
         make_programs(folder, **{"status": "finished:completed", "details": "N/A", **programs})
         monkeypatch.setattr(sys, "executable", str(folder / "python"))
@@ -44,7 +45,9 @@ def run_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             state_dir=tmp_path / "state",
             log_path=tmp_path / "engine.log",
             show=shown.append,
+            is_over=is_over,
             pending_limit_s=0.2,
+            closing_limit_s=0.2,
         )
         assert list((tmp_path / "state").iterdir()) == []
         return outcome, shown, (tmp_path / "engine.log").read_text()
@@ -97,6 +100,20 @@ def test_a_quiet_run_that_is_not_pending_is_left_alone(run_fake) -> None:
     assert shown == ["late"]
 
 
+def test_an_engine_that_goes_on_after_the_app_has_ended_is_ended(run_fake) -> None:
+    outcome, shown, _ = run_fake(is_over=lambda: True, stream=STREAM + "exec sleep 600\n")
+    assert outcome == Outcome(True)
+    assert shown == ["round 1 of 2"]
+
+
+def test_the_simulation_runs_under_a_path_without_spaces_for_rays_sake(run_fake, tmp_path: Path) -> None:
+    simulation = tmp_path / "a folder" / "bin" / "flwr-simulation"
+    make = f"printf 'import sys; print(sys.executable, *sys.argv[1:])' >'{simulation}'\nflwr-simulation 'an argument'\n"
+    _, _, log = run_fake(superlink=make + SUPERLINK)
+    (line,) = [line for line in log.splitlines() if line.endswith("/environment/bin/python an argument")]
+    assert len(line.split()) == 4
+
+
 def test_missing_programs_are_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -146,6 +163,17 @@ def test_the_apps_copy_holds_its_source_and_nothing_else(tmp_path: Path) -> None
 )
 def test_a_person_sees_the_apps_lines_and_not_the_engines(line: str, shown: str | None) -> None:
     assert StreamFilter().keep(line) == shown
+
+
+def test_of_a_traceback_on_the_way_the_error_itself_is_shown() -> None:
+    lines = [
+        "\x1b[91mERROR \x1b[0m:     Traceback (most recent call last):",
+        '  File "x.py"',
+        "    f()",
+        "OSError: full",
+    ]
+    stream_filter = StreamFilter()
+    assert [text for line in [*lines, "round 2"] if (text := stream_filter.keep(line))] == ["OSError: full", "round 2"]
 
 
 def test_the_traceback_through_the_engine_is_left_to_the_log() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,8 @@ def test_ctrl_c_and_even_a_kill_leave_nothing_running(tmp_path: Path) -> None:
 
     runs[1].communicate(timeout=60)
     assert wait_until_gone(killed, limit_s=30) == []
+    (leftover,) = (killed / ".flwr" / "runs").iterdir()  # the next run there would remove both folders
+    shutil.rmtree((leftover / "ray-dir").read_text())
 
 
 @pytest.fixture
