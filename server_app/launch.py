@@ -72,6 +72,7 @@ def main(arguments: Sequence[str], app_dir: Path = PROJECT_DIR) -> int:
 def guard(action: Callable[[], int]) -> int:
     """Carry out `action`, which returns an exit code; errors of ours and signals become a message and a code."""
     adopt_orphans()
+    earlier = list_descendants(os.getpid())
     with interruptible():
         try:
             return action()
@@ -82,6 +83,8 @@ def guard(action: Callable[[], int]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except Interrupted as interruption:
+            with uninterrupted():
+                end_descendants(keep=earlier)  # of a local run: the pool's processes
             print(f"stopped by {interruption}; nothing is left running", file=sys.stderr)
             return interruption.exit_code
 
@@ -213,14 +216,10 @@ def _has_end(path: Path) -> bool:
 
 
 def _start_here(carry_out: Callable[[], object]) -> Outcome:
-    earlier = list_descendants(os.getpid())
     try:
         carry_out()
     except Exception as error:  # whatever it is, it is the reason that the user gets
         return Outcome(False, str(error) or type(error).__name__)
-    finally:
-        with uninterrupted():
-            end_descendants(keep=earlier)
     return Outcome(True)
 
 
