@@ -403,8 +403,18 @@ class SubModelStrategy(Strategy):
 
     def _check(self, entry: Entry, report: Report) -> Report:
         """The report with dense values, or ``ValueError`` if it is unusable."""
-        if report.num_examples < 0 or not all(math.isfinite(v) for v in report.metrics.values()):
-            raise ValueError(f"report: num-examples {report.num_examples} or metrics {dict(report.metrics)} unusable")
+        numbers = {
+            "num-examples": report.num_examples,
+            "train-macs": report.train_macs,
+            "compute-s": report.compute_s,
+            "peak-memory-bytes": report.peak_memory_bytes,
+        }
+        for name, number in numbers.items():
+            if not (math.isfinite(number) and number >= 0):
+                raise ValueError(f"report: {name}: got {number}, expected a finite number >= 0")
+        for name, number in report.metrics.items():
+            if not math.isfinite(number):
+                raise ValueError(f"report: metric {name!r}: got {number}, expected a finite number")
         if not report.is_delta:
             return report
         current = self._extract(self.progress.state, entry.spec)

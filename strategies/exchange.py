@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from fleet.clock import Duration, DurationModel
+from fleet.clock import Duration, DurationModel, VirtualClock
 from pruning.spec import SubModelSpec
 from wire.message import Failure, Instruction, Report, state_bytes
 
@@ -98,8 +98,9 @@ class Exchange:
     ) -> None:
         self.transport, self.durations, self.reply_timeout_s = transport, durations, reply_timeout_s
         self.next_dispatch = next_dispatch
-        self._now_s = now_s
+        self._clock = VirtualClock(now_s)
         self._wall_zero = time.monotonic() - now_s
+        self._last_answer = -math.inf
         self._queue: deque[tuple[Entry, Callable[[], Instruction]]] = deque()
         self._under_way: dict[int, tuple[Entry, float]] = {}
         self._order: deque[int] = deque()
@@ -113,11 +114,11 @@ class Exchange:
     @property
     def now_s(self) -> float:
         """Seconds since the run began, on the run's clock."""
-        return self._now_s if self.is_virtual else time.monotonic() - self._wall_zero
+        return self._clock.now_s if self.is_virtual else time.monotonic() - self._wall_zero
 
     def advance_to(self, time_s: float) -> None:
         """Move the virtual clock on; never back. The wall needs no help."""
-        self._now_s = max(self._now_s, time_s)
+        self._clock.advance_to(max(self._clock.now_s, time_s))
 
     def busy(self) -> set[int]:
         """Partition ids of the clients with a request under way."""
@@ -192,12 +193,22 @@ class Exchange:
         self._fill()
         if not self._under_way:
             return
-        for answer in self.transport.receive(timeout_s):
+        for answer in self._receive(timeout_s):
             self._accept(answer)
-        overdue = time.monotonic() - self.reply_timeout_s
-        for entry, sent in [item for item in self._under_way.values() if item[1] < overdue]:
+        for entry, _ in [item for item in self._under_way.values() if self._is_overdue(item[1])]:
             del self._under_way[entry.dispatch]
             self._settle(entry, Failure(entry.dispatch, entry.partition_id, f"no answer in {self.reply_timeout_s:g} s"))
+
+    def _receive(self, timeout_s: float) -> list[Report | Failure]:
+        answers = self.transport.receive(timeout_s)
+        if answers:
+            self._last_answer = time.monotonic()
+        return answers
+
+    def _is_overdue(self, sent: float) -> bool:
+        """In simulation requests queue for few workers: one is overdue only when no other was answered meanwhile."""
+        since = max(sent, self._last_answer) if self.is_virtual else sent
+        return time.monotonic() - since > self.reply_timeout_s
 
     def ask_aside(self, instructions: Sequence[Instruction]) -> list[Report | Failure]:
         """Ask beside the ledger and the clock (evaluations); returns the answers in the order asked."""
@@ -206,13 +217,13 @@ class Exchange:
             while waiting and len(asked) + len(self._under_way) < max(self.transport.window, len(self._under_way) + 1):
                 asked[waiting[0].dispatch] = time.monotonic()
                 self.transport.send(waiting.popleft())
-            for answer in self.transport.receive(1.0):
+            for answer in self._receive(1.0):
                 if answer.dispatch in asked:
                     del asked[answer.dispatch]
                     answers[answer.dispatch] = answer
                 else:
                     self._accept(answer)
-            for dispatch in [d for d, sent in asked.items() if time.monotonic() - sent > self.reply_timeout_s]:
+            for dispatch in [d for d, sent in asked.items() if self._is_overdue(sent)]:
                 del asked[dispatch]
         return [answers[item.dispatch] for item in instructions if item.dispatch in answers]
 
@@ -229,6 +240,8 @@ class Exchange:
         """Note an answer and when it arrives."""
         upload_bytes = state_bytes(answer.state) if isinstance(answer, Report) else 0
         train_macs = answer.train_macs if isinstance(answer, Report) else 0.0
+        if not (math.isfinite(train_macs) and train_macs >= 0):
+            train_macs = 0.0  # the strategy rejects such a report; until then it needs a time
         if self.durations is not None:
             duration = self.durations.duration(
                 entry.partition_id, entry.dispatch, train_macs, entry.download_bytes, upload_bytes, entry.start_s
