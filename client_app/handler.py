@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data import Examples, client_examples, load_images
-from client_app.objective import Task, last_logits, make_loss
+from client_app.objective import Objective, Task, last_logits, make_objective
 from client_app.store import ClientStore
 from pruning.compress import sparsify
 from pruning.cost import measure_costs
@@ -50,9 +50,12 @@ def handle(instruction: Instruction) -> Report:
         metrics = evaluate(model, test.to(device))
         return Report(instruction.dispatch, instruction.partition_id, {}, len(test), metrics=metrics)
     counts = torch.bincount(train.y, minlength=data.num_classes)
-    task = Task(model.train(), layout, job.train, instruction.settings, counts.to(device))
+    full, _ = full_model(job.model, data.num_classes, shape)
+    task = Task(model.train(), layout, job.train, instruction.settings, counts.to(device), instruction.spec, full)
     began = time.perf_counter()
-    metrics, memory_bytes, num_seen = fit(task, instruction, train.to(device))
+    objective = make_objective(instruction.objective, task)
+    macs += sum(train_macs_of(network, shape) for network in objective.extra)
+    metrics, memory_bytes, num_seen = fit(task, objective, instruction, train.to(device))
     compute_s = time.perf_counter() - began
     state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
     sent, is_sparse = state, False
@@ -95,8 +98,12 @@ def sub_model(
     """The sub-model of ``spec`` without storage, the full layout, and its training MACs per example."""
     full, layout = full_model(config, num_classes, shape)
     small = resize(full, layout, spec) if spec != FULL else full
-    cost = measure_costs(small, Layout(()), torch.empty(2, *shape, device=META))
-    return small, layout, cost.of(FULL).train_macs
+    return small, layout, train_macs_of(small, shape)
+
+
+def train_macs_of(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Training MACs per example of a model without storage, from the shapes that it executes."""
+    return measure_costs(model, Layout(()), torch.empty(2, *shape, device=META)).of(FULL).train_macs
 
 
 def load(model: nn.Module, instruction: Instruction) -> nn.Module:
@@ -109,7 +116,9 @@ def load(model: nn.Module, instruction: Instruction) -> nn.Module:
     return loaded
 
 
-def fit(task: Task, instruction: Instruction, train: Examples) -> tuple[dict[str, float], int, int]:
+def fit(
+    task: Task, objective: Objective, instruction: Instruction, train: Examples
+) -> tuple[dict[str, float], int, int]:
     """Train on ``train``; returns metrics of the whole round, peak memory in bytes, and examples seen."""
     config, job = task.train, instruction.job
     if len(train) == 0:
@@ -123,7 +132,6 @@ def fit(task: Task, instruction: Instruction, train: Examples) -> tuple[dict[str
         nesterov=config.nesterov and config.momentum > 0,
         weight_decay=config.weight_decay,
     )
-    loss_of = make_loss(instruction.objective, task)
     meter = MemoryMeter(task.model, config.momentum > 0)
     total_loss, num_correct, num_seen = 0.0, 0, 0
     for _ in range(config.local_epochs):
@@ -132,7 +140,7 @@ def fit(task: Task, instruction: Instruction, train: Examples) -> tuple[dict[str
             if config.augment == "flip-shift":
                 x = flip_shift(x, generator)
             with meter:
-                loss, logits = loss_of(x, y)
+                loss, logits = objective.loss(x, y)
             optimizer.zero_grad()
             loss.backward()
             if config.max_grad_norm:

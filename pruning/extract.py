@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.groups import Axis, Group, Layout
+from pruning.rows import Kept, gather
 from pruning.spec import SubModelSpec
 
 State = Mapping[str, Tensor]
@@ -94,46 +94,14 @@ def _axis_positions(pairs: list[tuple[Group, Axis]], constrained: Mapping[str, n
     return np.flatnonzero(mask)
 
 
-def as_index(kept: np.ndarray | None) -> slice | Tensor:
-    """Positions along one axis as the cheapest index: a slice wherever they are contiguous."""
-    if kept is None:
-        return slice(None)
-    if len(kept) and kept[-1] - kept[0] + 1 == len(kept):
-        return slice(int(kept[0]), int(kept[-1]) + 1)
-    return torch.from_numpy(kept)
-
-
-def as_slices(kept: tuple[np.ndarray | None, ...]) -> tuple[slice, ...] | None:
-    """The kept positions of all axes as slices, or None if those of one axis are scattered."""
-    index = tuple(map(as_index, kept))
-    return None if any(isinstance(item, Tensor) for item in index) else index  # type: ignore[return-value]
-
-
-def as_rows(kept: tuple[np.ndarray | None, ...], shape: tuple[int, ...]) -> tuple[Tensor, int]:
-    """Scattered kept positions as whole rows of memory, the form in which gathers and scatters are cheapest.
-
-    Returns
-    -------
-    rows, row_size
-        The kept entries of a contiguous tensor of ``shape`` are rows ``rows``, int64 [num_rows], of its view
-        [num_entries / row_size, row_size]; the axes behind the last pruned one make up a row.
-    """
-    last = max(dim for dim, positions in enumerate(kept) if positions is not None)
-    rows = np.zeros(1, dtype=np.int64)
-    for size, positions in zip(shape[: last + 1], kept, strict=False):
-        axis = np.arange(size) if positions is None else positions
-        rows = (rows[:, None] * size + axis).reshape(-1)
-    return torch.from_numpy(rows), math.prod(shape[last + 1 :])
-
-
-def gather(tensor: Tensor, kept: tuple[np.ndarray | None, ...]) -> Tensor:
-    """Entries of ``tensor`` at the kept positions of every axis; a view where all of them are contiguous."""
-    slices = as_slices(kept)
-    if slices is not None:
-        return tensor[slices] if slices else tensor
-    rows, row_size = as_rows(kept, tuple(tensor.shape))
-    shape = [size if positions is None else len(positions) for size, positions in zip(tensor.shape, kept, strict=True)]
-    return tensor.contiguous().view(-1, row_size).index_select(0, rows).view(shape)
+def relative(
+    outer: tuple[np.ndarray | None, ...], inner: tuple[np.ndarray | None, ...]
+) -> tuple[np.ndarray | None, ...]:
+    """Where the kept positions ``inner`` lie within a tensor that holds only those of ``outer``, a superset."""
+    return tuple(
+        wanted if held is None or wanted is None else np.searchsorted(held, wanted)
+        for held, wanted in zip(outer, inner, strict=True)
+    )
 
 
 def extract(state: State, layout: Layout, spec: SubModelSpec) -> dict[str, Tensor]:

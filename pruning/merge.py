@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.extract import Selection, State, StateError, as_rows, as_slices, check_state, selection, shapes_of
+from pruning.extract import Selection, State, StateError, check_state, gather, relative, selection, shapes_of
 from pruning.groups import Layout
+from pruning.rows import add_at
 from pruning.spec import SubModelSpec
 
 FLUSH_SPECS = 64
@@ -146,7 +147,7 @@ class MaskedMean:
                 continue
             if key not in self._sums:
                 self._sums[key] = torch.zeros(self.previous[key].shape, dtype=self.dtype)
-            entry = sub_state[key] if narrowed is None else _within(sub_state[key], sent.positions[key], kept)
+            entry = sub_state[key] if narrowed is None else gather(sub_state[key], relative(sent.positions[key], kept))
             add_at(self._sums[key], kept, entry.to(self.dtype), weight)
         before_weight, before_count = self._pending.get(held, (0.0, 0))
         self._pending[held] = (before_weight + weight, before_count + 1)
@@ -231,27 +232,6 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def add_at(total: Tensor, kept: tuple[np.ndarray | None, ...], entry: Tensor, weight: float) -> None:
-    """``total[kept] += weight * entry`` in place."""
-    slices = as_slices(kept)
-    if slices is not None:
-        total[slices].add_(entry, alpha=weight)
-        return
-    rows, row_size = as_rows(kept, tuple(total.shape))
-    view = total.view(-1, row_size)
-    # Faster than index_add_, which walks row by row: no row occurs twice, so read, add and write back.
-    view.index_copy_(0, rows, view.index_select(0, rows).add_(entry.reshape(-1, row_size), alpha=weight))
-
-
-def _within(entry: Tensor, outer: tuple[np.ndarray | None, ...], inner: tuple[np.ndarray | None, ...]) -> Tensor:
-    """The entries at ``inner`` of a tensor that holds those at ``outer``."""
-    for dim, (held, wanted) in enumerate(zip(outer, inner, strict=True)):
-        if wanted is not None:
-            places = wanted if held is None else np.searchsorted(held, wanted)
-            entry = entry.index_select(dim, torch.from_numpy(places))
-    return entry
 
 
 def _axis_masks(kept: list[tuple[np.ndarray | None, ...]], shape: tuple[int, ...]) -> list[np.ndarray]:

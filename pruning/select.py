@@ -16,7 +16,7 @@ from pruning.cost import CostModel
 from pruning.groups import Layout
 from pruning.spec import SubModelSpec
 
-WIDE_LAYER = 32
+WIDE_LAYER = 16
 """Layers of at least this many units have their widths rounded; narrow ones would lose too much."""
 
 

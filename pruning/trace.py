@@ -23,6 +23,9 @@ from pruning.groups import Axis, Group, Layout, LayoutError
 
 logger = logging.getLogger(__name__)
 
+# What the layer that reads the heads of an attention is called.
+OUTPUT_NAMES = ("proj", "out_proj")
+
 # (state-dict key, axis) -> positions that one unit owns there
 Footprint = dict[tuple[str, int], list[int]]
 
@@ -140,6 +143,12 @@ class _Tracer:
         self.tied = {key for keys in by_storage.values() if len(keys) > 1 for key in keys}
         self.shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         self.attentions = tuple(_find_attentions(model))
+        recognised = {attention.path for attention in self.attentions}
+        self.opaque_attentions = {
+            path
+            for path, module in model.named_modules()
+            if isinstance(getattr(module, "num_heads", None), int) and path not in recognised
+        }
         self.written: set[nn.Module] = set()
         self.widest = max((size for shape in self.shapes.values() for size in shape), default=0)
         self.max_visits = 100 * (len(graph.module2node) + 10)
@@ -250,7 +259,11 @@ class _Tracer:
                 path == f"{a.path}.{a.output}".lstrip(".") for a in self.attentions
             ) and graph.is_in_channel_pruning_fn(handler):
                 raise _NotUnderstoodError(f"its units would be mixed with the heads that {path!r} reads")
-            names = _pruned_tensors(module, path, is_input=_is_input(graph, handler, module))
+            is_input = graph.is_in_channel_pruning_fn(handler) and not graph.is_out_channel_pruning_fn(handler)
+            parent, _, name = path.rpartition(".")
+            if parent in self.opaque_attentions and is_input == (name in OUTPUT_NAMES):
+                raise _NotUnderstoodError(f"{path!r} lies inside an attention whose heads are not recognised")
+            names = _pruned_tensors(module, path, is_input=is_input)
             entries = [(f"{path}.{tensor}".lstrip("."), dim) for tensor, dim in names]
         for key, dim in entries:
             if key not in self.shapes:
@@ -272,10 +285,6 @@ class _Tracer:
             else:
                 kept.append(group)
         return Layout(tuple(kept))
-
-
-def _is_input(graph: Any, handler: Any, module: nn.Module) -> bool:
-    return bool(graph.is_in_channel_pruning_fn(handler) and not graph.is_out_channel_pruning_fn(handler))
 
 
 def _pruned_tensors(module: nn.Module, path: str, *, is_input: bool) -> list[tuple[str, int]]:
@@ -358,7 +367,7 @@ def _find_attentions(model: nn.Module) -> Iterator[_Attention]:
     """Attention modules whose heads can be told from their children's names and shapes."""
     for path, module in model.named_modules():
         children = dict(module.named_children())
-        output = next((name for name in ("proj", "out_proj") if isinstance(children.get(name), nn.Linear)), None)
+        output = next((name for name in OUTPUT_NAMES if isinstance(children.get(name), nn.Linear)), None)
         separate = (("q", "k", "v"), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
         inputs = next(
             (names for names in (("qkv",), *separate) if all(isinstance(children.get(n), nn.Linear) for n in names)),
@@ -371,12 +380,10 @@ def _find_attentions(model: nn.Module) -> Iterator[_Attention]:
         if widths != {read * 3 // len(inputs)}:
             continue
         num_heads, head_dim = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
-        if isinstance(num_heads, int) and read % num_heads == 0:
-            head_dim = read // num_heads
-        elif isinstance(head_dim, int) and read % head_dim == 0:
-            num_heads = read // head_dim
-        else:
+        # ``resize`` adapts the attribute num_heads beside a fused qkv; who has none reads the heads off the weights.
+        if not isinstance(head_dim, int) or read % head_dim or (num_heads is not None and inputs != ("qkv",)):
             continue
+        num_heads = read // head_dim
         # Anything with parameters beside these layers, other than norms within a head, ties the heads together.
         others = [
             child

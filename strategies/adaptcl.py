@@ -24,6 +24,7 @@ from pruning.spec import SubModelSpec
 from strategies.base import Order, SubModelStrategy
 from strategies.exchange import Arrival
 from wire.flat import require
+from wire.grid import spec_to_json
 from wire.message import Report
 
 
@@ -43,6 +44,7 @@ class AdaptCLConfig:
     round_to : wide layers keep a multiple of this.
     aggregation : ``by-worker``, ``by-unit``, ``by-worker-residual`` or ``by-coverage``.
     coverage_threshold : of ``by-coverage``.
+    local_objective : ``plain`` cross-entropy, or ``nested``: also train, inside each sub-model, the smallest one in use.
     """
 
     pruning_interval: int = 5
@@ -52,9 +54,10 @@ class AdaptCLConfig:
     identical: bool = True
     scope: str = "bounded"
     layer_bound: float = 0.5
-    round_to: int = 1
+    round_to: int = 8
     aggregation: str = "by-coverage"
     coverage_threshold: float = 0.5
+    local_objective: str = "plain"
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -66,6 +69,7 @@ class AdaptCLConfig:
             ("importance", self.importance, tuple(m for m in METHODS if m != "taylor")),
             ("order", self.order, ("constant", "refreshed")),
             ("scope", self.scope, ("bounded", "global", "per-layer")),
+            ("local-objective", self.local_objective, ("plain", "nested")),
             ("aggregation", self.aggregation, ("by-worker", "by-unit", "by-worker-residual", "by-coverage")),
         ):
             require(value in choices, key, value, " or ".join(map(repr, choices)))
@@ -85,7 +89,12 @@ class AdaptCL(SubModelStrategy):
         """Decide the rates when it is time; then everybody trains the member of the family that its rate names."""
         if server_round > 1 and (server_round - 1) % self.config.pruning_interval == 0:
             self._decide(server_round)
-        return {pid: Order(self.evaluation_spec(pid)) for pid in clients}
+        specs = {pid: self.evaluation_spec(pid) for pid in clients}
+        if self.config.local_objective == "plain" or self._scores is None or not self.config.identical:
+            return {pid: Order(spec) for pid, spec in specs.items()}
+        core = self._family_of(0).member(min(client.retention_ratio for client in self._rates.values()))
+        settings = {"core": spec_to_json(core)}
+        return {pid: Order(spec, objective="nested", settings=settings) for pid, spec in specs.items()}
 
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Note the update time; the only thing AdaptCL ever learns about a device."""

@@ -28,7 +28,7 @@ class FedAvgConfig:
 
     retention_ratio: float = 1.0
     measure: str = "prunable"
-    round_to: int = 1
+    round_to: int = 8
 
     def __post_init__(self) -> None:
         """Check every range."""
