@@ -415,6 +415,10 @@ class SubModelStrategy(Strategy):
         for name, number in report.metrics.items():
             if not math.isfinite(number):
                 raise ValueError(f"report: metric {name!r}: got {number}, expected a finite number")
+        for key, tensor in report.state.items():
+            expected = self.progress.state.get(key, tensor)
+            if tensor.is_complex() or tensor.is_floating_point() != expected.is_floating_point():
+                raise ValueError(f"report: entry {key!r} should be {expected.dtype}, got {tensor.dtype}")
         if not report.is_delta:
             return report
         current = self._extract(self.progress.state, entry.spec)
