@@ -109,7 +109,10 @@ set_up() {
     for group in "$@"; do is_installed "$group" || is_complete=no; done
     if [[ $is_complete == yes ]]; then return; fi
     (
-        if command -v flock >/dev/null; then flock 9; fi
+        if command -v flock >/dev/null && ! flock -n 9; then
+            echo "run.sh: waiting for another run.sh that sets up"
+            flock 9
+        fi
         for group in "$@"; do install "$group"; done
     ) 9>"$project/.setup.lock"
 }
