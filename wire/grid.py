@@ -186,9 +186,12 @@ class GridTransport:
         if strangers:
             messages = [Message(content=RecordDict(), dst_node_id=n, message_type="query") for n in strangers]
             for reply in self.grid.send_and_receive(messages, timeout=60):
-                if not reply.has_error():
-                    self._asked.add(reply.metadata.src_node_id)
-                    self._nodes[int(reply.content[HEAD][PARTITION])] = reply.metadata.src_node_id  # type: ignore[arg-type]
+                if reply.has_error():
+                    continue  # asked again next time
+                self._asked.add(reply.metadata.src_node_id)
+                head = reply.content.get(HEAD)
+                if isinstance(head, ConfigRecord) and isinstance(head.get(PARTITION), int):
+                    self._nodes[int(str(head[PARTITION]))] = reply.metadata.src_node_id
         return self._nodes
 
 

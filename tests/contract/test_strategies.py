@@ -1,0 +1,238 @@
+"""What every method promises, one table: methods x properties. A new method in the registry is tested by itself."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client_app.handler import handle
+from pruning.extract import embed, extract
+from server_app.checkpoint import load_checkpoint
+from strategies import STRATEGIES
+from tests import faulty
+from tests.runs import equal_states, final_state, read_rows, select, tiny_run, without_timings
+from wire.local import LocalTransport
+from wire.message import Failure, Instruction, Report
+from zoo import get_model
+
+EVERY_RATE_1: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "heterofl": {"heterofl.rates": "1", "heterofl.mask-missing-labels": False},
+    "adaptcl": {"adaptcl.rates.min-retention-ratio": 1.0},
+}
+"""Settings under which a method gives everybody the full model; absent for methods that cannot."""
+
+NOBODY_WHOLE: dict[str, dict[str, Any]] = {
+    "fedavg": {"fedavg.retention-ratio": 0.5},
+    "heterofl": {"heterofl.rates": "0.5,0.25"},
+    "adaptcl": {},
+}
+"""Settings under which some entries are held by nobody once the fastest client is gone; absent for methods without."""
+
+SEMI_ASYNC: dict[str, Any] = {"num-clients": 6, "num-rounds": 6, "loop.quorum": 5, "loop.max-staleness": 5}
+
+every_strategy = pytest.mark.parametrize("name", STRATEGIES)
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, list[dict[str, Any]]]]:
+    """Undisturbed runs of every method in this process, synchronous and semi-asynchronous: what others are held to."""
+    folder = tmp_path_factory.mktemp("plain")
+    found = {}
+    for name in STRATEGIES:
+        for mode, settings in (("sync", {"num-rounds": 6}), ("semi-async", SEMI_ASYNC)):
+            home = folder / f"{name}-{mode}"
+            found[name, mode] = home, tiny_run(home, strategy=name, **settings)
+    return found
+
+
+@every_strategy
+def test_it_runs_and_learns(name, tmp_path):
+    rows = tiny_run(
+        tmp_path / "run", strategy=name, num_rounds=10, train__learning_rate=0.1, adaptcl__pruning_interval=4
+    )
+    accuracies = [row["accuracy"] for row in select(rows, "evaluation", where="central")]
+    assert accuracies[0] < 0.3
+    assert max(accuracies) > 0.75
+    assert select(rows, "end")[0]["status"] == "completed"
+    assert len(select(rows, "merge")) == 10
+
+
+@every_strategy
+def test_the_full_model_for_everybody_makes_it_fedavg(name, plain_runs, tmp_path):
+    if name not in EVERY_RATE_1:
+        pytest.skip(f"{name} never gives everybody the full model")
+    tiny_run(tmp_path / "run", strategy=name, num_rounds=6, **EVERY_RATE_1[name])
+    assert equal_states(final_state(tmp_path / "run"), final_state(plain_runs["fedavg", "sync"][0]))
+
+
+@pytest.mark.parametrize("mode", ["sync", "semi-async"])
+@every_strategy
+def test_the_same_seed_gives_the_same_event_log_again(name, mode, plain_runs, tmp_path):
+    settings = {"num-rounds": 6} if mode == "sync" else SEMI_ASYNC
+    rows = tiny_run(tmp_path / "run", strategy=name, **settings)
+    assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
+
+
+class KeptTransport(LocalTransport):
+    """Workers that outlive a run: they stay warm from test to test."""
+
+    def close(self) -> None:
+        """Keep the workers."""
+        self._waiting.clear()
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[int, LocalTransport]]:
+    """Pools of one and of two warm worker processes."""
+    made = {num_workers: KeptTransport(faulty.works, 6, num_workers) for num_workers in (1, 2)}
+    yield dict(made)
+    for pool in made.values():
+        LocalTransport.close(pool)
+
+
+@pytest.mark.parametrize(("mode", "num_workers"), [("sync", 1), ("sync", 2), ("semi-async", 1), ("semi-async", 2)])
+@every_strategy
+def test_worker_processes_do_not_change_the_event_log(name, mode, num_workers, plain_runs, pools, tmp_path):
+    settings = {"num-rounds": 6} if mode == "sync" else SEMI_ASYNC
+    pool = pools[num_workers]
+    pool.num_clients = 4 if mode == "sync" else 6
+    rows = tiny_run(tmp_path / "run", transport=pool, strategy=name, **settings)
+    assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
+
+
+@every_strategy
+def test_another_seed_gives_another_run(name, plain_runs, tmp_path):
+    tiny_run(tmp_path / "run", strategy=name, num_rounds=1, seed=1)
+    first = torch.load(plain_runs[name, "sync"][0] / "checkpoints" / "round-000001.pt", weights_only=True)["state"]
+    assert not equal_states(final_state(tmp_path / "run"), first)
+
+
+@pytest.mark.parametrize("mode", ["sync", "semi-async"])
+@every_strategy
+def test_three_rounds_and_three_more_equal_six(name, mode, plain_runs, tmp_path):
+    """Bit for bit, rows and model; the family is shown in rounds 3 and 6 by both, for a last round always shows it."""
+    settings = {**({"num-clients": 4} if mode == "sync" else SEMI_ASYNC), "evaluation.family-every": 3}
+    whole = tiny_run(tmp_path / "whole", strategy=name, **{**settings, "num-rounds": 6})
+    tiny_run(tmp_path / "first", strategy=name, **{**settings, "num-rounds": 3})
+    resumed = tiny_run(
+        tmp_path / "second", strategy=name, resume=str(tmp_path / "first"), **{**settings, "num-rounds": 6}
+    )
+    assert equal_states(final_state(tmp_path / "second"), final_state(tmp_path / "whole"))
+    assert without_timings(resumed) == without_timings(whole)
+
+
+@every_strategy
+def test_entries_that_nobody_held_keep_their_value_bit_for_bit(name, tmp_path):
+    sent: dict[int, list] = defaultdict(list)
+
+    def spy(instruction: Instruction) -> Report:
+        if instruction.server_round > 3 and instruction.partition_id == 0:
+            raise RuntimeError("the fastest device has left")
+        sent[instruction.server_round].append(instruction.spec)
+        return handle(instruction)
+
+    tiny_run(tmp_path / "run", spy, strategy=name, num_rounds=6, **NOBODY_WHOLE.get(name, {}))
+    _, layout = get_model("mlp", 10, 1, 8)
+    states = {
+        number: load_checkpoint(tmp_path / "run" / "checkpoints" / f"round-{number:06d}.pt")[0].state
+        for number in range(1, 7)
+    }
+    num_uncovered = 0
+    for number in range(2, 7):
+        before, after = states[number - 1], states[number]
+        held = {key: torch.zeros(tensor.shape, dtype=torch.bool) for key, tensor in before.items()}
+        for spec in sent[number]:
+            coverage = embed(extract(before, layout, spec), layout, spec, before)[1]
+            held = {key: held[key] | coverage[key] for key in held}
+        for key, mask in held.items():
+            assert torch.equal(before[key][~mask], after[key][~mask])
+            num_uncovered += int((~mask).sum())
+    assert num_uncovered or name not in NOBODY_WHOLE
+
+
+@pytest.mark.parametrize("kind", faulty.SPOILED)
+@every_strategy
+def test_a_spoiled_answer_is_turned_away_with_its_reason_and_the_run_goes_on(name, kind, tmp_path):
+    rows = tiny_run(tmp_path / "run", faulty.Spoiler(kind), strategy=name, num_rounds=2)
+    status, reason = faulty.SPOILED[kind]
+    _assert_only_the_culprit_failed(rows, status, reason)
+
+
+@every_strategy
+def test_a_client_that_raises_is_reported_with_what_it_raised_and_where(name, tmp_path):
+    rows = tiny_run(tmp_path / "run", faulty.raises, strategy=name, num_rounds=2)
+    _assert_only_the_culprit_failed(rows, "failed", "RuntimeError: the battery is empty (faulty.py:")
+
+
+@every_strategy
+def test_a_worker_that_dies_costs_one_answer(name, tmp_path):
+    rows = tiny_run(tmp_path / "run", faulty.dies, num_workers=2, strategy=name, num_rounds=2)
+    _assert_only_the_culprit_failed(rows, "failed", "worker process died with exit code -9")
+
+
+@every_strategy
+def test_a_client_that_never_answers_is_bounded_by_the_reply_timeout(name, tmp_path):
+    rows = tiny_run(tmp_path / "run", faulty.hangs, num_workers=1, strategy=name, num_rounds=2, reply_timeout_s=2.0)
+    _assert_only_the_culprit_failed(rows, "failed", "no answer in 2 s")
+
+
+def _assert_only_the_culprit_failed(rows: list[dict[str, Any]], status: str, reason: str) -> None:
+    (row,) = [row for row in select(rows, "arrival") if row["status"] != "merged"]
+    assert (row["server_round"], row["partition_id"], row["status"]) == (1, faulty.CULPRIT, status)
+    assert reason in row["reason"]
+    assert [row["num_merged"] for row in select(rows, "merge")] == [3, 4]
+    assert select(rows, "end")[0]["status"] == "completed"
+
+
+class EchoingTransport(LocalTransport):
+    """Says everything twice, and adds answers to questions that nobody asked."""
+
+    def receive(self, timeout_s: float) -> list[Report | Failure]:
+        answers = super().receive(timeout_s)
+        strangers = [Failure(987_654, 0, "nobody asked"), Failure(-1, 77, "nobody asked")]
+        return [item for answer in answers for item in (*strangers, answer, answer)]
+
+
+@pytest.mark.parametrize("mode", ["sync", "semi-async"])
+@every_strategy
+def test_repeated_and_unknown_answers_change_nothing(name, mode, plain_runs, tmp_path):
+    settings = {"num-rounds": 6} if mode == "sync" else SEMI_ASYNC
+    transport = EchoingTransport(handle, 6 if mode == "semi-async" else 4)
+    rows = tiny_run(tmp_path / "run", transport=transport, strategy=name, **settings)
+    assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
+
+
+@every_strategy
+def test_a_quorum_closes_every_round_at_its_kth_answer_in_virtual_time(name, plain_runs):
+    """The event log against a simulation of its own: free clients start together, the k earliest answers are merged."""
+    rows = plain_runs[name, "semi-async"][1]
+    arrivals = select(rows, "arrival")
+    times = {(row["partition_id"], row["global_version_sent"]): row["update_time_s"] for row in arrivals}
+    under_way: dict[int, tuple[float, int]] = {}
+    now_s = 0.0
+    for merge in select(rows, "merge"):
+        version = merge["global_version"] - 1
+        for pid in set(range(6)) - under_way.keys():
+            under_way[pid] = (now_s + times.get((pid, version), float("inf")), version)
+        first = sorted(under_way, key=lambda pid: under_way[pid])[:5]
+        expected = [(pid, under_way[pid][0], version - under_way[pid][1]) for pid in first]
+        got = [r for r in arrivals if r["server_round"] == merge["server_round"]]
+        assert [(r["partition_id"], pytest.approx(r["finish_s"], rel=1e-12), r["staleness"]) for r in got] == expected
+        now_s = max(under_way.pop(pid)[0] for pid in first)
+        assert merge["time_s"] == pytest.approx(now_s, rel=1e-12)
+    assert any(row["staleness"] > 0 for row in arrivals), "nobody was late: the test shows nothing"
+
+
+@every_strategy
+def test_every_row_names_its_event_and_every_checkpoint_its_round(name, plain_runs):
+    home, rows = plain_runs[name, "sync"]
+    assert [row["event"] for row in rows[:2]] == ["run", "clients"]
+    assert rows[-1]["event"] == "end"
+    assert read_rows(home) == rows
+    assert sorted(path.stem for path in (home / "checkpoints").iterdir()) == [f"round-{n:06d}" for n in range(1, 7)]

@@ -1,0 +1,103 @@
+"""Client handlers that misbehave: functions of a module, so that worker processes find them by name."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from dataclasses import replace
+from typing import Any
+
+import sklearn.datasets  # noqa: F401  (here, so that worker processes are forked with it instead of importing it)
+import torch
+
+from client_app.handler import handle
+from wire.message import Instruction, Report
+
+CULPRIT = 1
+"""The partition id of the client that misbehaves, in its first round."""
+
+
+def is_due(instruction: Instruction) -> bool:
+    """Whether this is the request that goes wrong."""
+    return instruction.action == "train" and instruction.partition_id == CULPRIT and instruction.server_round == 1
+
+
+def works(instruction: Instruction) -> Report:
+    """Do as told."""
+    return handle(instruction)
+
+
+def raises(instruction: Instruction) -> Report:
+    """Raise in the middle."""
+    if is_due(instruction):
+        raise RuntimeError("the battery is empty")
+    return handle(instruction)
+
+
+def dies(instruction: Instruction) -> Report:
+    """Take the whole process down."""
+    if is_due(instruction):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return handle(instruction)
+
+
+def hangs(instruction: Instruction) -> Report:
+    """Never answer."""
+    if is_due(instruction):
+        threading.Event().wait()
+    return handle(instruction)
+
+
+def _with_state(report: Report, **changes: torch.Tensor | None) -> Report:
+    state: dict[str, Any] = {**report.state, **{k.replace("__", "."): v for k, v in changes.items()}}
+    return replace(report, state={k: v for k, v in state.items() if v is not None})
+
+
+def _first(report: Report) -> tuple[str, torch.Tensor]:
+    return next((k, t) for k, t in report.state.items() if t.dim() > 1)
+
+
+def _spoil(kind: str, report: Report) -> Report:
+    key, tensor = _first(report)
+    if kind in ("nan", "infinity"):
+        poisoned = tensor.clone()
+        poisoned.view(-1)[3] = math.nan if kind == "nan" else math.inf
+        return _with_state(report, **{key: poisoned})
+    return {
+        "wrong-shape": lambda: _with_state(report, **{key: tensor[:-1]}),
+        "wrong-dtype": lambda: _with_state(report, **{key: tensor.to(torch.complex64)}),
+        "missing-key": lambda: _with_state(report, **{key: None}),
+        "unknown-key": lambda: _with_state(report, stowaway=tensor),
+        "nan-loss": lambda: replace(report, metrics={"loss": math.nan}),
+        "negative-examples": lambda: replace(report, num_examples=-5),
+        "nan-macs": lambda: replace(report, train_macs=math.nan),
+        "foreign-signature": lambda: replace(report, partition_id=3),
+    }[kind]()
+
+
+SPOILED = {
+    "nan": ("rejected", "holds NaN or infinity"),
+    "infinity": ("rejected", "holds NaN or infinity"),
+    "wrong-shape": ("rejected", "should have shape"),
+    "wrong-dtype": ("rejected", "complex64"),
+    "missing-key": ("rejected", "missing entries"),
+    "unknown-key": ("rejected", "stowaway"),
+    "nan-loss": ("rejected", "'loss': got nan"),
+    "negative-examples": ("rejected", "num-examples: got -5"),
+    "nan-macs": ("rejected", "train-macs: got nan"),
+    "foreign-signature": ("failed", "signed by client 3"),
+}
+"""Kind of spoiled answer -> (status, part of the reason) that the event log must show."""
+
+
+class Spoiler:
+    """Spoils one answer; only for handlers of this process."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, instruction: Instruction) -> Report:
+        report = handle(instruction)
+        return _spoil(self.kind, report) if is_due(instruction) else report
