@@ -91,7 +91,8 @@ class _Worker:
 
     def __init__(self, handler: Handler) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "numpy", handler.__module__])
+        # The first optimiser imports torch._dynamo, two seconds of work: once for all workers instead of in each.
+        context.set_forkserver_preload(["torch", "torch._dynamo", "numpy", handler.__module__])
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, handler), daemon=True)
         self.process.start()
