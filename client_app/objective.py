@@ -123,7 +123,9 @@ def make_objective(name: str, task: Task) -> Objective:
         If there is no objective of that name.
     """
     if name not in OBJECTIVES:
-        raise ObjectiveError(f"objective: {name!r} is not known here; this client has {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}")
+        raise ObjectiveError(
+            f"objective: {name!r} is not known here; this client has {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}"
+        )
     bare = OBJECTIVES[name](task)
     if not task.train.sparsity:
         return bare

@@ -16,7 +16,11 @@ class CompressionError(ValueError):
 
 
 def sparsify(
-    update: Mapping[str, Tensor], velocity: Mapping[str, Tensor], residual: Mapping[str, Tensor], density: float, momentum: float
+    update: Mapping[str, Tensor],
+    velocity: Mapping[str, Tensor],
+    residual: Mapping[str, Tensor],
+    density: float,
+    momentum: float,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Keep the largest entries of an accumulated update.
 

@@ -232,4 +232,3 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[list[_Use], dict[str, tup
         for handle in handles:
             handle.remove()
     return uses, attention
-

@@ -157,7 +157,9 @@ def mesh(kept: tuple[np.ndarray | None, ...], shape: tuple[int, ...]) -> tuple[T
     """Broadcastable index tensors, one per axis, that address the kept entries of a tensor of ``shape``."""
     num_axes = len(shape)
     return tuple(
-        torch.as_tensor(np.arange(size) if index is None else index).reshape([-1 if d == dim else 1 for d in range(num_axes)])
+        torch.as_tensor(np.arange(size) if index is None else index).reshape(
+            [-1 if d == dim else 1 for d in range(num_axes)]
+        )
         for dim, (size, index) in enumerate(zip(shape, kept, strict=True))
     )
 
@@ -170,7 +172,9 @@ def check_state(sub_state: State, chosen: Selection, full: State) -> None:
     for key in chosen.positions:
         expected = chosen.shape_of(key, tuple(full[key].shape))
         if tuple(sub_state[key].shape) != expected:
-            raise StateError(f"sub-model state: {key!r} should have shape {expected}, got {tuple(sub_state[key].shape)}")
+            raise StateError(
+                f"sub-model state: {key!r} should have shape {expected}, got {tuple(sub_state[key].shape)}"
+            )
 
 
 # --- the sub-model as a module ---------------------------------------------------------------------------------------

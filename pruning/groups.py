@@ -130,7 +130,9 @@ class Layout:
         """Raise ``LayoutError`` unless every axis lies in ``shapes`` and no position belongs to two units."""
         names = [group.name for group in self.groups]
         if len(set(names)) != len(names):
-            raise LayoutError(f"layout: group names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice")
+            raise LayoutError(
+                f"layout: group names must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} twice"
+            )
         owners: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
         for group in self.groups:
             if group.size < 1 or not group.axes:

@@ -49,7 +49,9 @@ def proof_error(model: nn.Module, layout: Layout, spec: SubModelSpec, example: T
     return None
 
 
-def prove(model: nn.Module, layout: Layout, example: Tensor, *, declared: bool, seed: int = 0, trials: int = 2) -> Layout:
+def prove(
+    model: nn.Module, layout: Layout, example: Tensor, *, declared: bool, seed: int = 0, trials: int = 2
+) -> Layout:
     """Prove ``layout`` on ``model`` and return what of it holds.
 
     Parameters

@@ -31,6 +31,9 @@ class RateParams:
     slack : target = (1 + slack) * the reference's update time.
     min_timed_rounds : rounds a client must have been timed since its last change.
     regrow : widen a client again that has become faster than the target.
+    direction : ``prune`` (the paper's): everybody starts whole, and the slower ones are cut until they are as fast as the
+        fastest. ``grow`` (ours): everybody starts at the floor, and the faster ones grow until they take as long as the
+        slowest; a round then never takes longer than the smallest model everywhere would.
     """
 
     alpha: float = 1.0
@@ -41,6 +44,7 @@ class RateParams:
     slack: float = 0.0
     min_timed_rounds: int = 3
     regrow: bool = False
+    direction: str = "prune"
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -51,11 +55,17 @@ class RateParams:
             "min-retention-ratio": (self.min_retention_ratio, 0 < self.min_retention_ratio <= 1, "in (0, 1]"),
             "dead-band": (self.dead_band, 0 <= self.dead_band < 1, "in [0, 1)"),
             "slack": (self.slack, self.slack >= 0, ">= 0"),
+            "direction": (self.direction, self.direction in ("prune", "grow"), "'prune' or 'grow'"),
             "min-timed-rounds": (self.min_timed_rounds, self.min_timed_rounds >= 1, ">= 1"),
         }
         for name, (value, is_good, expected) in checks.items():
             if not is_good:
                 raise RateError(f"{name}: got {value}, expected a value {expected}")
+
+    @property
+    def first_ratio(self) -> float:
+        """Ratio of a client that nothing is known about."""
+        return 1.0 if self.direction == "prune" else self.min_retention_ratio
 
 
 @dataclass(frozen=True)
@@ -105,8 +115,10 @@ class RateDecision:
     newly_floored: tuple[int, ...]
 
 
-def record_time(state: RateState, partition_id: int, update_time_s: float) -> dict[int, ClientRate]:
-    """Note one client's update time of one round.
+def record_time(
+    state: RateState, partition_id: int, update_time_s: float, first_ratio: float = 1.0
+) -> dict[int, ClientRate]:
+    """Note one client's update time of one round; a client not seen before is held to have ``first_ratio``.
 
     Raises
     ------
@@ -115,7 +127,7 @@ def record_time(state: RateState, partition_id: int, update_time_s: float) -> di
     """
     if not 0 < update_time_s < float("inf"):
         raise RateError(f"client {partition_id}: update time must be positive and finite, got {update_time_s}")
-    client = state.get(partition_id, ClientRate())
+    client = state.get(partition_id, ClientRate(first_ratio))
     return {**state, partition_id: replace(client, times_s=(*client.times_s, update_time_s)[-64:])}
 
 
@@ -123,13 +135,12 @@ def update_rates(state: RateState, params: RateParams) -> tuple[dict[int, Client
     """One pruning decision: (state, what was observed in it) -> (state, decision).
 
     The reference is the fastest client *that is still unpruned*: with the minimum over all, timing noise and one-way
-    pruning would ratchet everybody down.
+    pruning would ratchet everybody down. When growing it is the slowest client that is still at the floor.
     """
     timed = {pid: client for pid, client in sorted(state.items()) if client.times_s}
     if not timed:
         return dict(state), RateDecision(None, 0.0, {}, (), ())
-    unpruned = {pid: client for pid, client in timed.items() if client.retention_ratio >= 1.0}
-    reference = min(unpruned or timed, key=lambda pid: (timed[pid].update_time_s, pid))
+    reference = _reference(timed, params)
     target_s = (1 + params.slack) * timed[reference].update_time_s
     updated, changed, floored = dict(state), [], []
     for pid, client in timed.items():
@@ -150,14 +161,24 @@ def update_rates(state: RateState, params: RateParams) -> tuple[dict[int, Client
     return updated, RateDecision(reference, target_s, times, tuple(changed), tuple(floored))
 
 
+def _reference(timed: RateState, params: RateParams) -> int:
+    if params.direction == "grow":
+        floored = [pid for pid, client in timed.items() if client.retention_ratio <= params.min_retention_ratio]
+        return max(floored or timed, key=lambda pid: (timed[pid].update_time_s, -pid))
+    unpruned = [pid for pid, client in timed.items() if client.retention_ratio >= 1.0]
+    return min(unpruned or timed, key=lambda pid: (timed[pid].update_time_s, pid))
+
+
 def _next_ratio(
     gamma: float, phi: float, target_s: float, history: Sequence[tuple[float, float]], params: RateParams
 ) -> float:
     """Next retention ratio of one client; ``gamma`` itself means no change."""
     if phi <= (1 + params.dead_band) * target_s:
-        if params.regrow and gamma < 1 and phi < (1 - params.dead_band) * target_s:
+        may_grow = params.regrow or params.direction == "grow"
+        if may_grow and gamma < 1 and phi < (1 - params.dead_band) * target_s:
             guess = newton_ratio(history[-2:], target_s) if len(history) > 1 else gamma * target_s / phi
-            grown = min(1.0, max(guess, gamma), gamma * (1 + params.max_step))
+            guess = guess if guess > gamma else gamma * target_s / phi
+            grown = min(1.0, guess, gamma / (1 - params.max_step))
             return grown if grown >= gamma * (1 + params.min_step) else gamma
         return gamma
     if len(history) < 2:
@@ -193,9 +214,7 @@ def newton_ratio(points: Sequence[tuple[float, float]], phi: float) -> float:
     return value
 
 
-def _with_point(
-    history: Sequence[tuple[float, float]], point: tuple[float, float]
-) -> tuple[tuple[float, float], ...]:
+def _with_point(history: Sequence[tuple[float, float]], point: tuple[float, float]) -> tuple[tuple[float, float], ...]:
     """Append a point; one with the same gamma, or an update time within 1 %, is replaced by the newer."""
     phi, gamma = point
     kept = [(p, g) for p, g in history if g != gamma and abs(p - phi) > 0.01 * phi]

@@ -174,9 +174,7 @@ def _global_prefixes(layout: Layout, scores: Mapping[str, np.ndarray], max_rows:
     """Widths [num_rows, num_groups] of the prefixes of one global ranking; the best unit of each group comes first."""
     owner = np.concatenate([np.full(g.size, i) for i, g in enumerate(layout.groups) if g.exact])
     value = np.concatenate([np.asarray(scores[g.name], dtype=np.float64) for g in layout.groups if g.exact])
-    is_best = np.concatenate(
-        [np.arange(g.size) == int(np.argmax(scores[g.name])) for g in layout.groups if g.exact]
-    )
+    is_best = np.concatenate([np.arange(g.size) == int(np.argmax(scores[g.name])) for g in layout.groups if g.exact])
     ranked = owner[np.lexsort((-value, ~is_best))]
     stops = np.unique(np.linspace(is_best.sum(), len(ranked), max_rows).astype(int))
     columns = [

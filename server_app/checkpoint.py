@@ -43,7 +43,9 @@ def save_checkpoint(
     content = {
         "format": FORMAT,
         "state": progress.state,
-        "held_states": [arrival.answer.state if isinstance(arrival.answer, Report) else {} for arrival in progress.held],
+        "held_states": [
+            arrival.answer.state if isinstance(arrival.answer, Report) else {} for arrival in progress.held
+        ],
         "json": json.dumps(
             {
                 **scalars,
@@ -88,11 +90,13 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         raise CheckpointError(f"resume: there is no checkpoint {path}")
     try:
         content = torch.load(path, weights_only=True)
-        plain = json.loads(content["json"])
+        plain, found_format = json.loads(content["json"]), content["format"]
     except Exception as error:
-        raise CheckpointError(f"resume: {path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"resume: {path} has format {content['format']}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"resume: {path} is not a readable checkpoint: {type(error).__name__}: {error}"
+        ) from error
+    if found_format != FORMAT:
+        raise CheckpointError(f"resume: {path} has format {found_format}, this version reads {FORMAT}")
     progress = Progress(
         state=content["state"],
         server_round=plain["server_round"],

@@ -228,4 +228,3 @@ def as_toml(flat: Mapping[str, Scalar]) -> str:
 
 if __name__ == "__main__":
     print(as_toml(defaults()), end="")
-

@@ -29,7 +29,9 @@ class EventLog:
     num_rows : rows that a resumed log already has.
     """
 
-    def __init__(self, path: Path, echo: Callable[[dict[str, Any]], None] = lambda row: None, num_rows: int = 0) -> None:
+    def __init__(
+        self, path: Path, echo: Callable[[dict[str, Any]], None] = lambda row: None, num_rows: int = 0
+    ) -> None:
         self.num_rows, self.time_s, self.server_round = num_rows, 0.0, 0
         self._echo = echo
         self._began = time.monotonic()
@@ -42,7 +44,8 @@ class EventLog:
         self._file.flush()
         self.num_rows += 1
         self.time_s = row.get("time_s", self.time_s)
-        self.server_round = max(self.server_round, row.get("server_round", 0))
+        if row["event"] in ("merge", "evaluation"):  # what a round ends with
+            self.server_round = max(self.server_round, row["server_round"])
         self._echo(row)
 
     def __enter__(self) -> EventLog:

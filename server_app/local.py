@@ -19,9 +19,7 @@ def run_local(config: Config, show: Callable[[str], None] = print) -> Path:
     torch.set_num_threads(1)  # clients at once beat threads in one client, and sums do not depend on the machine
     num_workers = config.run.num_workers or min(os.cpu_count() or 1, config.run.num_clients)
     with_pool = num_workers if num_workers > 1 else 0
-    transport = LocalTransport(
-        client_app.handler.handle, config.run.num_clients, with_pool, config.run.reply_timeout_s
-    )
+    transport = LocalTransport(client_app.handler.handle, config.run.num_clients, with_pool, config.run.reply_timeout_s)
     try:
         return run(config, transport, show)
     finally:

@@ -91,9 +91,9 @@ def prepare_folder(config: Config) -> Path:
     return folder
 
 
-def build(config: Config, folder: Path, listen: Callable[[dict[str, Any]], None], log: EventLog) -> tuple[
-    SubModelStrategy, dict[str, torch.Tensor]
-]:
+def build(
+    config: Config, folder: Path, listen: Callable[[dict[str, Any]], None], log: EventLog
+) -> tuple[SubModelStrategy, dict[str, torch.Tensor]]:
     """Build the strategy and the initial model of a run, and log who takes part."""
     run_config = config.run
     data = load_images(run_config.data)

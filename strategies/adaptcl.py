@@ -85,6 +85,11 @@ class AdaptCL(SubModelStrategy):
     _scores: Mapping[str, np.ndarray] | None = None
     _families: dict[int, NestedFamily] = {}
 
+    def begin(self) -> None:
+        """Growing needs an order at once; before any training, every layer's first units are as good as any."""
+        if self.config.rates.direction == "grow":
+            self._scores = {g.name: np.linspace(2, 1, g.size) for g in self.layout.prunable}
+
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Decide the rates when it is time; then everybody trains the member of the family that its rate names."""
         if server_round > 1 and (server_round - 1) % self.config.pruning_interval == 0:
@@ -92,13 +97,15 @@ class AdaptCL(SubModelStrategy):
         specs = {pid: self.evaluation_spec(pid) for pid in clients}
         if self.config.local_objective == "plain" or self._scores is None or not self.config.identical:
             return {pid: Order(spec) for pid, spec in specs.items()}
-        core = self._family_of(0).member(min(client.retention_ratio for client in self._rates.values()))
+        ratios = [client.retention_ratio for client in self._rates.values()]
+        core = self._family_of(0).member(min(ratios, default=self.config.rates.first_ratio))
         settings = {"core": spec_to_json(core)}
         return {pid: Order(spec, objective="nested", settings=settings) for pid, spec in specs.items()}
 
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Note the update time; the only thing AdaptCL ever learns about a device."""
-        self._rates = record_time(self._rates, arrival.entry.partition_id, arrival.duration.update_time_s)
+        first_ratio = self.config.rates.first_ratio
+        self._rates = record_time(self._rates, arrival.entry.partition_id, arrival.duration.update_time_s, first_ratio)
 
     def merge_rule(self) -> MergeRule:
         """The configured aggregation."""
@@ -111,7 +118,7 @@ class AdaptCL(SubModelStrategy):
 
     def evaluation_spec(self, partition_id: int) -> SubModelSpec:
         """The sub-model of the client's present rate."""
-        ratio = self._rates.get(partition_id, ClientRate()).retention_ratio
+        ratio = self._rates.get(partition_id, ClientRate(self.config.rates.first_ratio)).retention_ratio
         return SubModelSpec() if ratio >= 1 or self._scores is None else self._family_of(partition_id).member(ratio)
 
     def family(self) -> dict[str, SubModelSpec]:

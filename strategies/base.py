@@ -537,7 +537,9 @@ class SubModelStrategy(Strategy):
             "accuracy": sum(r.metrics["accuracy"] * r.num_examples for r in reports) / total,
             "loss": sum(r.metrics["loss"] * r.num_examples for r in reports) / total,
             "num_examples": total,
-            "clients": {str(r.partition_id): r.metrics["accuracy"] for r in sorted(reports, key=lambda r: r.partition_id)},
+            "clients": {
+                str(r.partition_id): r.metrics["accuracy"] for r in sorted(reports, key=lambda r: r.partition_id)
+            },
         }
 
     def evaluation_spec(self, partition_id: int) -> SubModelSpec:

@@ -51,7 +51,9 @@ class FedAvg(SubModelStrategy):
     def evaluation_spec(self, partition_id: int) -> SubModelSpec:
         """Everybody deploys what everybody trains."""
         c = self.config
-        return select_prefix(self.layout, equal_widths(self.layout, self.cost, c.retention_ratio, c.measure, c.round_to))
+        return select_prefix(
+            self.layout, equal_widths(self.layout, self.cost, c.retention_ratio, c.measure, c.round_to)
+        )
 
     def family(self) -> dict[str, SubModelSpec]:
         """The model that was trained, where it is not the full one."""

@@ -54,7 +54,11 @@ def spec_from_json(text: str) -> SubModelSpec | None:
 def instruction_to_record(instruction: Instruction) -> RecordDict:
     """Instruction -> Flower records: the tensors, and everything else as one JSON head."""
     head = _plain(instruction, {"state", "job", "spec", "settings"})
-    head |= {"job": to_flat(instruction.job), "spec": spec_to_json(instruction.spec), "settings": dict(instruction.settings)}
+    head |= {
+        "job": to_flat(instruction.job),
+        "spec": spec_to_json(instruction.spec),
+        "settings": dict(instruction.settings),
+    }
     return _record(instruction.state, head)
 
 
@@ -70,7 +74,9 @@ def report_to_record(report: Report) -> RecordDict:
     """Report -> Flower records; ``metrics`` also as a MetricRecord, where Flower's own tools look."""
     head = _plain(report, {"state", "narrowed", "metrics"}) | {"narrowed": spec_to_json(report.narrowed)}
     record = _record(report.state, head)
-    record[METRICS] = MetricRecord({"num-examples": report.num_examples, **{k: float(v) for k, v in report.metrics.items()}})
+    record[METRICS] = MetricRecord(
+        {"num-examples": report.num_examples, **{k: float(v) for k, v in report.metrics.items()}}
+    )
     return record
 
 

@@ -33,7 +33,9 @@ class LocalTransport:
     reply_timeout_s : a worker that is busy longer with one request is killed and replaced.
     """
 
-    def __init__(self, handler: Handler, num_clients: int, num_workers: int = 0, reply_timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, handler: Handler, num_clients: int, num_workers: int = 0, reply_timeout_s: float = 600.0
+    ) -> None:
         self.handler, self.num_clients, self.reply_timeout_s = handler, num_clients, reply_timeout_s
         self._waiting: deque[Instruction] = deque()
         self._workers = [_Worker(handler) for _ in range(num_workers)]
@@ -159,4 +161,6 @@ def _pack(message: Any) -> tuple[Any, dict[str, np.ndarray]]:
 
 def _unpack(packed: tuple[Any, dict[str, np.ndarray]]) -> Any:
     message, arrays = packed
-    return replace(message, state={key: torch.from_numpy(array) for key, array in arrays.items()}) if arrays else message
+    return (
+        replace(message, state={key: torch.from_numpy(array) for key, array in arrays.items()}) if arrays else message
+    )
