@@ -202,7 +202,8 @@ def compress(
     job = instruction.job
     store = ClientStore(job.store_dir, instruction.partition_id)
     memory = store.load(instruction.last_dispatch)
-    velocity, residual = {}, {}
+    velocity: dict[str, Tensor] = {}
+    residual: dict[str, Tensor] = {}
     if memory:
         before = SubModelSpec(tuple((n, tuple(u)) for n, u in memory["kept"]), memory["depth"])
         full, _ = full_model(job.model, num_classes, shape)

@@ -152,12 +152,12 @@ def parse(flat: Mapping[str, Any]) -> Config:
             raise ConfigError(f"config: unknown key {key!r}{nearest(key, every)}")
     general = {key: value for key, value in flat.items() if key in known_keys(RunConfig)}
     run = from_flat(RunConfig, general)
+    method: Any = None
     for name, kind in STRATEGIES.items():
         own = {key: value for key, value in flat.items() if key.startswith(name + ".")}
-        method = from_flat(kind.Config, own, name + ".")
-        if name == run.strategy:
-            chosen = method
-    return Config(run, chosen)
+        settings = from_flat(kind.Config, own, name + ".")
+        method = settings if name == run.strategy else method
+    return Config(run, method)
 
 
 def parse_overrides(words: list[str]) -> dict[str, Scalar]:
@@ -168,7 +168,8 @@ def parse_overrides(words: list[str]) -> dict[str, Scalar]:
     ConfigError
         If a word is no ``key=value``, the key is unknown, or the value has the wrong type.
     """
-    every, flat = _all_keys(), {}
+    every = _all_keys()
+    flat: dict[str, Scalar] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -206,8 +207,8 @@ def absolute(config: Config, base: Path) -> Config:
     fleet = run.fleet
     if fleet.name.endswith(".toml"):
         fleet = replace(fleet, name=_join(base, fleet.name))
-    paths = {name: _join(base, getattr(run, name)) for name in ("run_dir", "resume") if getattr(run, name)}
-    return replace(config, run=replace(run, data=data, fleet=fleet, **paths))
+    run_dir, resume = (_join(base, path) if path else "" for path in (run.run_dir, run.resume))
+    return replace(config, run=replace(run, data=data, fleet=fleet, run_dir=run_dir, resume=resume))
 
 
 def _join(base: Path, path: str) -> str:

@@ -44,7 +44,7 @@ class AdaptCLConfig:
     round_to : wide layers keep a multiple of this.
     aggregation : ``by-worker``, ``by-unit``, ``by-worker-residual`` or ``by-coverage``.
     coverage_threshold : of ``by-coverage``.
-    local_objective : ``plain`` cross-entropy, or ``nested``: also train, inside each sub-model, the smallest one in use.
+    local_objective : ``plain`` cross-entropy, or ``nested``: also train, inside each sub-model, the smallest in use.
     """
 
     pruning_interval: int = 5
@@ -81,9 +81,12 @@ class AdaptCL(SubModelStrategy):
     name = "adaptcl"
     Config = AdaptCLConfig
     config: AdaptCLConfig
-    _rates: RateState = {}
-    _scores: Mapping[str, np.ndarray] | None = None
-    _families: dict[int, NestedFamily] = {}
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._rates: RateState = {}
+        self._scores: Mapping[str, np.ndarray] | None = None
+        self._families: dict[int, NestedFamily] = {}
 
     def begin(self) -> None:
         """Growing needs an order at once; before any training, every layer's first units are as good as any."""
@@ -143,7 +146,7 @@ class AdaptCL(SubModelStrategy):
         self._log(server_round, decision)
 
     def _log(self, server_round: int, decision: RateDecision) -> None:
-        order = json.dumps({name: units for name, units in self._family_of(0).order.items()})
+        order = json.dumps(dict(self._family_of(0).order))
         self.listen(
             {
                 "event": "decision",

@@ -243,7 +243,7 @@ class SubModelStrategy(Strategy):
         """
         if self.loop.quorum > self.setting.job.num_clients:
             raise ConfigError(
-                f"config: loop.quorum: got {self.loop.quorum}, but there are only {self.setting.job.num_clients} clients"
+                f"config: loop.quorum: got {self.loop.quorum}, expected at most {self.setting.job.num_clients} clients"
             )
         transport = self._transport(grid)
         if initial_arrays is not None and not self.progress.state:
@@ -263,8 +263,8 @@ class SubModelStrategy(Strategy):
                 num_empty = 0 if num_merged else num_empty + 1
                 if num_empty >= self.loop.max_empty_rounds:
                     raise RunStoppedError(
-                        f"no usable answer in {num_empty} rounds in a row; see the reasons of the arrivals in the event "
-                        "log; the last checkpoint is kept"
+                        f"no usable answer in {num_empty} rounds in a row; the event log has the reasons, and the last "
+                        "checkpoint is kept"
                     )
                 progress.server_round, progress.now_s = server_round, exchange.now_s
                 progress.next_dispatch = exchange.next_dispatch

@@ -84,7 +84,7 @@ def record_to_report(record: RecordDict) -> Report:
     """Flower records -> report."""
     head = _head(record)
     head["label_counts"] = tuple(head["label_counts"])
-    metrics = {k: float(v) for k, v in record[METRICS].items() if k != "num-examples" and not isinstance(v, list)}
+    metrics = {k: float(v) for k, v in record[METRICS].items() if k != "num-examples" and isinstance(v, int | float)}
     return Report(**(head | {"narrowed": spec_from_json(head["narrowed"])}), metrics=metrics, state=_state(record))
 
 
@@ -140,8 +140,8 @@ class GridTransport:
         while len(self._find_clients()) < num_clients:
             if time.monotonic() > deadline:
                 raise NoClientsError(
-                    f"only {len(self._nodes)} of {num_clients} clients connected within {join_timeout_s:g} s; start the "
-                    "missing SuperNodes (or simulate as many with num-supernodes), or lower num-clients"
+                    f"only {len(self._nodes)} of {num_clients} clients connected within {join_timeout_s:g} s; start "
+                    "the missing SuperNodes (or simulate as many with num-supernodes), or lower num-clients"
                 )
             time.sleep(0.2)
 

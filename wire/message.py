@@ -43,8 +43,8 @@ class DataConfig:
         ``hub:NAME`` or ``package.module:function``.
     dir : directory of the torchvision data sets.
     download : let torchvision or the hub download them.
-    partition : ``iid``, ``dirichlet:ALPHA`` (labels and sizes differ), ``balanced-dirichlet:ALPHA`` (labels differ, sizes
-        do not: update times then tell devices apart, not data), ``pathological:CLASSES`` or ``quantity:SIGMA``.
+    partition : ``iid``, ``dirichlet:ALPHA`` (labels and sizes differ), ``balanced-dirichlet:ALPHA`` (labels differ,
+        sizes do not: update times then tell devices apart, not data), ``pathological:CLASSES`` or ``quantity:SIGMA``.
     min_size : least examples of a client.
     test_ratio : share of its examples that a client keeps for its own test.
     max_train : use only this many training examples; 0 for all.

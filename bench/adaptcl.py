@@ -1,0 +1,298 @@
+"""AdaptCL against FedAvg, smallest-everywhere, HeteroFL and its own ablations: real data, virtual clock.
+
+    python -m bench.adaptcl                   # everything; hours on 2 cores, resumable
+    python -m bench.adaptcl --task digits --sigma 5
+    python -m bench.adaptcl --quick           # one small comparison, about a minute
+
+Every run is kept in results/bench/adaptcl; a run that is there is not repeated. What is compared: total virtual time
+for the same rounds, time to equal accuracy, accuracy of the base model and of the best member of the family, bytes and
+MACs, and accuracy at equal virtual time: *smallest-everywhere* (the straggler's final width on all clients) runs as
+many rounds as fit into AdaptCL's total time, with its learning rate annealed over them. The CIFAR-10 tasks need
+``--data-dir`` with cifar10.npz or torchvision's files; without them they are left out, and the output says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS, finish, num_cores, print_table
+from bench.common import options as common_options
+from wire.flat import Scalar
+
+Keys = dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A learning problem with the budget that it gets.
+
+    Attributes
+    ----------
+    keys : of the run config.
+    num_rounds : of FedAvg and of every other method.
+    floor : AdaptCL's least retention ratio here.
+    target : accuracy of "time to equal accuracy"; None: what FedAvg has after 60 % of its rounds.
+    """
+
+    keys: Keys
+    num_rounds: int
+    floor: float
+    target: float | None = None
+
+
+CIFAR: Keys = {
+    "data.name": "cifar10",
+    "data.max-train": 4000,
+    "data.max-test": 2000,
+    "train.augment": "flip-shift",
+    "train.schedule": "cosine",
+    "evaluation.every": 2,
+    "evaluation.family-every": 2,
+}
+TASKS: dict[str, Task] = {
+    "digits": Task({"evaluation.family-every": 1}, 40, 0.2, target=0.95),
+    "cifar10-resnet8": Task({**CIFAR, "model.name": "resnet8"}, 30, 0.3),
+    "cifar10-vgg11": Task({**CIFAR, "model.name": "vgg11", "model.width": 0.25}, 30, 0.2),
+}
+
+ADAPTCL: Keys = {"strategy": "adaptcl", "adaptcl.pruning-interval": 3}
+METHODS: dict[str, Keys] = {
+    "fedavg": {"strategy": "fedavg"},
+    "heterofl": {"strategy": "heterofl"},
+    "adaptcl": ADAPTCL,
+    "adaptcl by-worker": {**ADAPTCL, "adaptcl.aggregation": "by-worker"},
+    "adaptcl by-unit": {**ADAPTCL, "adaptcl.aggregation": "by-unit"},
+    "adaptcl by-worker-residual": {**ADAPTCL, "adaptcl.aggregation": "by-worker-residual"},
+    "adaptcl global order": {**ADAPTCL, "adaptcl.scope": "global"},
+    "adaptcl refreshed order": {**ADAPTCL, "adaptcl.order": "refreshed"},
+    "adaptcl own orders": {**ADAPTCL, "adaptcl.identical": False},
+    "adaptcl L1 1e-4": {**ADAPTCL, "train.sparsity": 1e-4},
+    "smallest-everywhere": {"strategy": "fedavg"},
+}
+CORE = ("fedavg", "heterofl", "adaptcl", "adaptcl by-worker", "smallest-everywhere")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    task: str
+    sigma: float
+    seed: int
+    method: str
+
+    @property
+    def file_name(self) -> str:
+        """Where its outcome is kept."""
+        return f"{self.task}_sigma{self.sigma:g}_seed{self.seed}_{self.method.replace(' ', '-')}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, print the tables."""
+    parser = common_options("adaptcl", __doc__)
+    parser.add_argument("--task", action="append", choices=list(TASKS))
+    parser.add_argument("--sigma", action="append", type=float)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ablations", action="store_true", help="all ablations, not only the core methods")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--store", type=Path, default=RESULTS.parents[1] / "results" / "bench" / "adaptcl")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.task, options.sigma, options.seeds = ["digits"], [5.0], 1
+        options.store = options.store.with_name("adaptcl-quick")
+    cases = plan(options)
+    run_missing(cases, options)
+    tables = [summarise(task, sigma, options) for task, sigma in dict.fromkeys((c.task, c.sigma) for c in cases)]
+    for table in tables:
+        print_table(f"{table['task']}, slowest/fastest = {table['sigma']:g}, {table['seeds']} seeds", table["rows"])
+    finish("adaptcl", options, {"tables": tables}, seeds=range(options.seeds))
+
+
+def plan(options: argparse.Namespace) -> list[Case]:
+    """The runs asked for; smallest-everywhere last, since it takes its width from AdaptCL's run."""
+    methods = list(METHODS) if options.ablations else [m for m in METHODS if m in CORE]
+    tasks = [task for task in options.task or list(TASKS) if task == "digits" or has_cifar(options.data_dir)]
+    for task in options.task or list(TASKS):
+        if task not in tasks:
+            print(f"left out: {task} (no CIFAR-10 in {options.data_dir}; see the README on data)")
+    sigmas = options.sigma or [5.0, 2.0, 10.0]
+    return [
+        Case(task, sigma, seed, method)
+        for task in tasks
+        for sigma in sigmas
+        for seed in range(options.seeds)
+        for method in methods
+    ]
+
+
+def has_cifar(data_dir: str) -> bool:
+    """Whether CIFAR-10 lies in ``data_dir``."""
+    folder = Path(data_dir)
+    return any((folder / name).exists() for name in ("cifar10.npz", "cifar-10-batches-py"))
+
+
+def run_missing(cases: Sequence[Case], options: argparse.Namespace) -> None:
+    """Run every case whose outcome is not kept yet, ``workers`` at once."""
+    options.store.mkdir(parents=True, exist_ok=True)
+    first = [c for c in cases if c.method != "smallest-everywhere"]
+    last = [c for c in cases if c.method == "smallest-everywhere"]
+    for batch in (first, last):
+        missing = [case for case in batch if not (options.store / case.file_name).exists()]
+        jobs = [(case, keys_of(case, options), str(options.store)) for case in missing]
+        done, began = 0, time.monotonic()
+        with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=4) as pool:
+            for case in pool.imap_unordered(run_case, jobs):
+                done += 1
+                left_s = (time.monotonic() - began) / done * (len(jobs) - done)
+                print(f"[{done}/{len(jobs)}] {case.file_name}; about {left_s / 60:.0f} min left", flush=True)
+
+
+def keys_of(case: Case, options: argparse.Namespace) -> Keys:
+    """The run config of a case."""
+    task = TASKS[case.task]
+    num_rounds = 8 if options.quick else task.num_rounds
+    keys: Keys = {
+        **task.keys,
+        "data.dir": str(Path(options.data_dir).absolute()),
+        "fleet.name": f"linear:{case.sigma:g}",
+        "seed": case.seed,
+        "data.seed": case.seed,
+        "num-rounds": num_rounds,
+        "num-workers": 1,
+        "adaptcl.rates.min-retention-ratio": task.floor,
+        **METHODS[case.method],
+    }
+    if case.method == "smallest-everywhere":
+        adaptcl = load(options.store, Case(case.task, case.sigma, case.seed, "adaptcl"))
+        keys |= {
+            "fedavg.retention-ratio": min(1.0, adaptcl["least_ratio"] + 1e-6),
+            "num-rounds": max(1, int(adaptcl["time_s"] / adaptcl["least_round_s"])),
+        }
+    return keys
+
+
+def run_case(job: tuple[Case, Keys, str]) -> Case:
+    """One run in a process of its own; keeps its outcome atomically."""
+    case, keys, store = job
+    from server_app.config import parse
+    from server_app.local import run_local
+
+    folder = Path(store) / "runs" / case.file_name.removesuffix(".json") / str(os.getpid())
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stderr = sys.stdout = nowhere
+        try:
+            run_local(parse({**keys, "run-dir": str(folder)}), show=lambda line: None)
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    target = Path(store) / case.file_name
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(outcome(folder / "events.jsonl")))
+    part.replace(target)
+    return case
+
+
+def outcome(log: Path) -> dict[str, Any]:
+    """What the tables need of an event log: curves, totals, the least retention ratio."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    arrivals = [row for row in rows if row["event"] == "arrival"]
+    curve = [
+        {
+            "round": row["server_round"],
+            "time_s": row["time_s"],
+            "base": row["accuracy"],
+            "base_reestimated": row["accuracy_reestimated"],
+            "best": max(max(m["accuracy"], m["accuracy_reestimated"]) for m in row.get("family", [row])),
+        }
+        for row in rows
+        if row["event"] == "evaluation"
+    ]
+    least_ratio = min(row["retention_ratio"] for row in arrivals)
+    least_times: dict[int, list[float]] = {}
+    for row in arrivals:
+        if row["retention_ratio"] == least_ratio:
+            least_times.setdefault(row["partition_id"], []).append(row["update_time_s"])
+    return {
+        "curve": curve,
+        "time_s": curve[-1]["time_s"],
+        "upload_bytes": sum(row["upload_bytes"] for row in arrivals),
+        "download_bytes": sum(row["download_bytes"] for row in arrivals),
+        "train_macs": sum(row.get("train_macs", 0) for row in arrivals),
+        "least_ratio": least_ratio,
+        "least_round_s": max(statistics.median(times) for times in least_times.values()),
+    }
+
+
+def load(store: Path, case: Case) -> dict[str, Any]:
+    """A kept outcome."""
+    kept: dict[str, Any] = json.loads((store / case.file_name).read_text())
+    return kept
+
+
+def summarise(task: str, sigma: float, options: argparse.Namespace) -> dict[str, Any]:
+    """One table: every method against FedAvg, as means over seeds of ratios taken seed by seed."""
+    methods = [m for m in METHODS if (options.store / Case(task, sigma, 0, m).file_name).exists()]
+    rows = []
+    for method in methods:
+        columns: dict[str, list[float]] = {}
+        for seed in range(options.seeds):
+            cases = {m: Case(task, sigma, seed, m) for m in (method, "fedavg", "adaptcl")}
+            if not all((options.store / case.file_name).exists() for case in cases.values()):
+                continue
+            runs = {m: load(options.store, case) for m, case in cases.items()}
+            for name, value in compare(runs[method], runs["fedavg"], runs["adaptcl"], TASKS[task].target).items():
+                columns.setdefault(name, []).append(value)
+        rows.append({"method": method} | {name: mean_and_spread(values) for name, values in columns.items()})
+    return {"task": task, "sigma": sigma, "seeds": options.seeds, "rows": rows}
+
+
+def compare(
+    run: Mapping[str, Any], fedavg: Mapping[str, Any], adaptcl: Mapping[str, Any], target: float | None
+) -> dict[str, float]:
+    """One run against FedAvg's and AdaptCL's of the same seed; times as ratios to FedAvg's."""
+    reference = fedavg["curve"]
+    num_rounds = reference[-1]["round"]
+    if target is None:
+        target = max(p["best"] for p in reference if p["round"] <= 0.6 * num_rounds)
+    reached, needed = first_reaching(run["curve"], target), first_reaching(reference, target)
+    at_equal_time = [p for p in run["curve"] if p["time_s"] <= adaptcl["time_s"] * 1.01]
+    last = run["curve"][-1]
+    return {
+        "rounds": last["round"],
+        "total time": last["time_s"] / fedavg["time_s"],
+        "target": target,
+        "time to target": reached / needed if needed else float("nan"),
+        "base": last["base"],
+        "base re-est.": last["base_reestimated"],
+        "best of family": last["best"],
+        "best at AdaptCL's time": at_equal_time[-1]["best"],
+        "upload": run["upload_bytes"] / fedavg["upload_bytes"],
+        "MACs": run["train_macs"] / fedavg["train_macs"],
+    }
+
+
+def first_reaching(curve: Sequence[Mapping[str, float]], target: float) -> float:
+    """Virtual time at which the best member first has ``target``; infinite if never."""
+    return next((point["time_s"] for point in curve if point["best"] >= target), float("inf"))
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """``.631 ± .012`` over seeds."""
+    if any(value == float("inf") for value in values):
+        return f"not reached ({sum(v == float('inf') for v in values)} of {len(values)})"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
