@@ -88,7 +88,8 @@ def coverage_mean(threshold: float) -> MergeRule:
     """S / C where at least ``threshold`` of the weight holds the entry, S / W elsewhere."""
 
     def rule(total: Tensor, coverage: Tensor, weight: float, previous: Tensor) -> Tensor:
-        return total.div_(torch.where(coverage >= threshold * weight, coverage, torch.full_like(coverage, weight)))
+        enough = threshold * weight * (1 - 1e-6)  # rounding must not decide a tie: it depends on the order of arrival
+        return total.div_(torch.where(coverage >= enough, coverage, torch.full_like(coverage, weight)))
 
     return rule
 

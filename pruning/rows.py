@@ -25,7 +25,7 @@ def gather(tensor: Tensor, kept: Kept) -> Tensor:
     slices = as_slices(kept)
     if slices is not None:
         return tensor[slices] if slices else tensor
-    if tensor.device.type != "cpu":
+    if tensor.dim() == 1 or tensor.device.type != "cpu":
         for dim, positions in enumerate(kept):
             if positions is not None:
                 tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
@@ -42,6 +42,9 @@ def add_at(total: Tensor, kept: Kept, entry: Tensor, weight: float) -> None:
     slices = as_slices(kept)
     if slices is not None:
         total[slices].add_(entry, alpha=weight)
+        return
+    if total.dim() == 1 and kept[0] is not None:
+        total.index_add_(0, torch.from_numpy(kept[0]), entry, alpha=weight)
         return
     rows, row_size = as_rows(kept, tuple(total.shape))
     items, entry = _items(total, row_size), entry.reshape(-1, row_size)
@@ -90,8 +93,10 @@ def as_rows(kept: Kept, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
 
 def _items(tensor: Tensor, row_size: int) -> np.ndarray:
     """Rows of ``row_size`` entries as single items of memory, void [num_rows]; shares memory if contiguous."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return flat.view(_item_type(row_size * tensor.element_size()))
+    flat = tensor.detach().reshape(-1)
+    if flat.dtype == torch.bfloat16:  # numpy has no such type
+        flat = flat.view(torch.int16)
+    return flat.numpy().view(_item_type(row_size * tensor.element_size()))
 
 
 @lru_cache(maxsize=None)

@@ -40,24 +40,24 @@ def reply(seed, spec, layout, model):
 
 def dense_oracle(previous, layout, replies, rule):
     """The rule written out densely, in float64, without any of the code under test but ``embed``."""
+    zeros = {k: torch.zeros_like(t) for k, t in previous.items()}
+    placed = [(*embed(sub, layout, spec, zeros), weight) for sub, spec, weight in replies]
+    weights = sum(weight for _, _, weight in replies)
     merged = {}
     for key, before in previous.items():
         if not before.is_floating_point():
             merged[key] = before
             continue
-        total, cover, weights = torch.zeros(before.shape).double(), torch.zeros(before.shape).double(), 0.0
-        for sub, spec, weight in replies:
-            zeros = {k: torch.zeros_like(t) for k, t in previous.items()}
-            put, held = embed(sub, layout, spec, zeros)
+        total, cover = torch.zeros(before.shape).double(), torch.zeros(before.shape).double()
+        for put, held, weight in placed:
             total += weight * put[key].double()
             cover += weight * held[key].double()
-            weights += weight
         mean = total / cover.clamp(min=1e-300)
         value = {
             "holders": mean,
             "everybody": total / weights,
             "residual": (total + (weights - cover) * before.double()) / weights,
-            "coverage": torch.where(cover >= 0.5 * weights, mean, total / weights),
+            "coverage": torch.where(cover >= 0.5 * weights * (1 - 1e-9), mean, total / weights),
         }[rule]
         merged[key] = torch.where(cover > 0, value, before.double()).to(before.dtype)
     return merged
