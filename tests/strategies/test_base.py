@@ -1,0 +1,298 @@
+"""The event loop and the exchange: exact times, quorums, deadlines and staleness, and Flower's FedAvg as an oracle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+
+from client_app.handler import handle
+from fleet.clock import DurationModel
+from fleet.fleet import Fleet, make_fleet
+from pruning.cost import measure_costs
+from pruning.spec import FULL
+from strategies import FedAvg
+from strategies.base import LoopConfig, RunStoppedError, Setting, staleness_weight
+from strategies.exchange import Arrival, Entry, Exchange
+from strategies.fedavg import FedAvgConfig
+from tests.runs import final_state, select, tiny_run
+from wire.flat import ConfigError
+from wire.local import LocalTransport
+from wire.message import DataConfig, Failure, Instruction, Job, ModelConfig, Report, TrainConfig
+from zoo import get_model
+
+JOB = Job(ModelConfig("mlp"), DataConfig(max_train=400, partition="iid"), TrainConfig(), 4, 9, 0)
+NUM_MACS = 1e9
+
+
+def echo(instruction: Instruction) -> Report:
+    """Train nothing, report fixed work: update times become known numbers."""
+    state = {k: t * 0 if instruction.wants_delta else t for k, t in instruction.state.items()}
+    return Report(instruction.dispatch, instruction.partition_id, state, 10, (1,) * 10, NUM_MACS)
+
+
+def simulate(loop: LoopConfig, num_rounds: int, handler: Callable = echo, num_clients: int = 4, **changes) -> list[dict]:
+    """Rows of a FedAvg run without data: ``num_clients`` devices whose update times are spaced evenly from 1 to 5."""
+    torch.manual_seed(0)
+    model, layout = get_model("mlp", 10, 1, 8, width=0.05)
+    fleet = make_fleet("linear:5", num_clients, seed=0)
+    setting = Setting(
+        job=replace(JOB, num_clients=num_clients),
+        layout=layout,
+        cost=measure_costs(model, layout, torch.zeros(2, 1, 8, 8)),
+        loop=loop,
+        durations=DurationModel(fleet, seed=0, noise=0.0),
+    )
+    rows: list[dict] = []
+    strategy = FedAvg(FedAvgConfig(), replace(setting, **changes), rows.append)
+    strategy.start(LocalTransport(handler, num_clients), ArrayRecord(model.state_dict()), num_rounds)
+    return [{"event": row["event"], **row} for row in rows]
+
+
+def device_times(num_clients: int = 4) -> dict[int, float]:
+    """Update time of each device, from one synchronous round."""
+    rows = select(simulate(LoopConfig(), 1, num_clients=num_clients), "arrival")
+    return {row["partition_id"]: row["update_time_s"] for row in rows}
+
+
+def test_a_barrier_lasts_as_long_as_its_slowest_client():
+    times = device_times()
+    merges = select(simulate(LoopConfig(), 3), "merge")
+    assert [m["time_s"] for m in merges] == pytest.approx([max(times.values()) * n for n in (1, 2, 3)])
+    assert {m["num_merged"] for m in merges} == {4}
+
+
+@pytest.mark.parametrize("quorum", [1, 2, 3, 4, 5])
+def test_a_quorum_closes_rounds_exactly_when_its_kth_answer_arrives(quorum):
+    times, num_rounds = device_times(6), 12
+    rows = simulate(LoopConfig(quorum=quorum, max_staleness=99), num_rounds, num_clients=6)
+    under_way: dict[int, tuple[float, int]] = {}
+    now_s = 0.0
+    for version in range(num_rounds):
+        for pid in times.keys() - under_way.keys():
+            under_way[pid] = (now_s + times[pid], version)
+        first = sorted(under_way, key=lambda pid: under_way[pid][0])[:quorum]
+        got = select(rows, "arrival", server_round=version + 1)
+        assert sorted(row["partition_id"] for row in got) == sorted(first)
+        assert {row["partition_id"]: row["staleness"] for row in got} == {p: version - under_way[p][1] for p in first}
+        now_s = max(under_way.pop(pid)[0] for pid in first)
+        assert select(rows, "merge")[version]["time_s"] == pytest.approx(now_s)
+
+
+def test_answers_older_than_allowed_are_dropped_and_do_not_count_for_the_quorum():
+    rows = simulate(LoopConfig(quorum=2, max_staleness=1), 8)
+    late = select(rows, "arrival", status="late")
+    assert late
+    assert all(row["staleness"] > 1 for row in late)
+    assert late[0]["reason"] == f"{late[0]['staleness']} versions old, 1 allowed"
+    assert all(row["staleness"] <= 1 for row in select(rows, "arrival", status="merged"))
+    assert {row["num_merged"] for row in select(rows, "merge")} == {2}
+
+
+def test_a_deadline_closes_a_round_on_time_with_whoever_has_answered():
+    times = sorted(device_times().values())
+    deadline_s = (times[1] + times[2]) / 2
+    rows = simulate(LoopConfig(deadline_s=deadline_s, max_staleness=9), 2)
+    first, second = select(rows, "merge")
+    assert first["time_s"] == pytest.approx(deadline_s)
+    assert first["num_merged"] == 2
+    arrived = select(rows, "arrival", server_round=2)
+    until = 2 * deadline_s
+    assert {round(row["finish_s"], 9) for row in arrived} == {
+        round(t, 9) for t in [*(deadline_s + t for t in times[:2]), *times[2:]] if t <= until
+    }
+    assert second["time_s"] == pytest.approx(until)
+
+
+def test_a_deadline_before_anybody_can_answer_waits_for_the_first():
+    times = device_times()
+    (merge,) = select(simulate(LoopConfig(deadline_s=min(times.values()) / 10, max_staleness=9), 1), "merge")
+    assert merge["time_s"] == pytest.approx(min(times.values()))
+    assert merge["num_merged"] == 1
+
+
+def test_a_quorum_reached_before_the_deadline_closes_the_round():
+    times = sorted(device_times().values())
+    (merge,) = select(simulate(LoopConfig(quorum=2, deadline_s=1e6, max_staleness=9), 1), "merge")
+    assert merge["time_s"] == pytest.approx(times[1])
+
+
+def test_clients_per_round_are_drawn_by_the_seed_and_never_twice_at_once():
+    rows = simulate(LoopConfig(clients_per_round=2), 10)
+    drawn = [tuple(sorted(r["partition_id"] for r in select(rows, "arrival", server_round=n))) for n in range(1, 11)]
+    assert all(len(set(pair)) == 2 for pair in drawn)
+    assert len(set(drawn)) > 1
+    again = select(simulate(LoopConfig(clients_per_round=2), 10), "arrival")
+    assert [r["partition_id"] for r in again] == [r["partition_id"] for r in select(rows, "arrival")]
+
+
+def test_devices_that_drop_out_are_failures_and_the_round_goes_on():
+    fleet = Fleet(make_fleet("linear:5", 4, seed=0).devices, drop_out_ratio=0.4)
+    rows = simulate(LoopConfig(max_empty_rounds=9), 6, durations=DurationModel(fleet, seed=0, noise=0.0))
+    lost = select(rows, "arrival", status="failed")
+    assert {row["reason"] for row in lost} == {"the device dropped out"}
+    assert 2 < len(lost) < 20
+    assert len(select(rows, "arrival")) == 24
+
+
+def test_nobody_answering_stops_the_run():
+    def silent(instruction: Instruction) -> Report:
+        raise RuntimeError("no")
+
+    with pytest.raises(RunStoppedError, match="no usable answer in 3 rounds in a row"):
+        simulate(LoopConfig(), 9, silent)
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("polynomial:0.5", [1, 2**-0.5, 3**-0.5, 0.5]),
+        ("polynomial:0", [1, 1, 1, 1]),
+        ("hinge:10:1", [1, 1, 1 / 11, 1 / 21]),
+    ],
+)
+def test_staleness_weights_are_those_of_xie_et_al(rule, weights):
+    assert [staleness_weight(rule, s) for s in range(4)] == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("rule", ["", "linear", "polynomial", "polynomial:x", "polynomial:-1", "hinge:1", "hinge:0:1"])
+def test_unknown_staleness_rules_are_refused(rule):
+    with pytest.raises(ConfigError, match="expected 'constant', 'polynomial:A' or 'hinge:A:B'"):
+        staleness_weight(rule, 1)
+
+
+def test_stale_answers_count_as_steps_from_where_they_started():
+    """Everybody adds one, whatever it received: a merge of stale and fresh answers adds one to the present model."""
+
+    def adds_one(instruction: Instruction) -> Report:
+        return replace(echo(instruction), state={k: torch.ones_like(t) for k, t in instruction.state.items()}, is_delta=True)
+
+    kept: list[dict] = []
+    torch.manual_seed(0)
+    model, layout = get_model("mlp", 10, 1, 8, width=0.05)
+    setting = Setting(
+        job=JOB,
+        layout=layout,
+        cost=measure_costs(model, layout, torch.zeros(2, 1, 8, 8)),
+        loop=LoopConfig(quorum=2, max_staleness=9),
+        durations=DurationModel(make_fleet("linear:5", 4, seed=0), seed=0, noise=0.0),
+    )
+    keep = lambda progress, own: kept.append({k: t.clone() for k, t in progress.state.items()})  # noqa: E731
+    rows: list[dict] = []
+    strategy = FedAvg(FedAvgConfig(), setting, rows.append, keep)
+    strategy.start(LocalTransport(adds_one, 4), ArrayRecord(model.state_dict()), 5)
+    assert any(row["staleness"] for row in select(rows, "arrival"))
+    for before, after in itertools.pairwise([model.state_dict(), *kept]):
+        for key in before:
+            assert torch.allclose(after[key], before[key] + 1, atol=1e-5)
+
+
+def test_the_merge_of_full_models_equals_flowers_own_fedavg(tmp_path):
+    replies: list[RecordDict] = []
+
+    def spy(instruction: Instruction) -> Report:
+        report = handle(instruction)
+        metrics = MetricRecord({"num-examples": report.num_examples})
+        replies.append(RecordDict({"arrays": ArrayRecord(dict(report.state)), "metrics": metrics}))
+        return report
+
+    tiny_run(tmp_path / "run", spy, strategy="fedavg", num_rounds=1, model__name="cnn", data__partition="quantity:1")
+    expected = aggregate_arrayrecords(replies, "num-examples").to_torch_state_dict()
+    for key, tensor in final_state(tmp_path / "run").items():
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor, expected[key], rtol=1e-5, atol=1e-6), key
+
+
+def test_deployment_takes_its_times_from_the_wall():
+    rows = simulate(LoopConfig(), 2, durations=None)
+    assert {row["status"] for row in select(rows, "arrival")} == {"merged"}
+    assert all(0 <= row["start_s"] <= row["finish_s"] < 60 for row in select(rows, "arrival"))
+
+
+def test_flowers_own_steps_are_refused():
+    strategy = FedAvg.__new__(FedAvg)
+    with pytest.raises(RuntimeError, match="runs its own event loop"):
+        strategy.configure_train(1, None, None, None)
+
+
+# --- the exchange ---------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A transport that answers when told to."""
+
+    window = 4
+
+    def __init__(self) -> None:
+        self.sent: list[Instruction] = []
+        self.ready: list[Report | Failure] = []
+
+    def clients(self) -> list[int]:
+        return [0, 1, 2, 3]
+
+    def send(self, instruction: Instruction) -> None:
+        self.sent.append(instruction)
+
+    def receive(self, timeout_s: float) -> list[Report | Failure]:
+        ready, self.ready = self.ready, []
+        return ready
+
+    def close(self) -> None:
+        pass
+
+
+def dispatch(exchange: Exchange, partition_id: int) -> int:
+    instruction = Instruction("train", -1, partition_id, 1, 0, JOB, {})
+    entry = Entry(-1, partition_id, 1, 0, FULL, exchange.now_s, 0)
+    return exchange.dispatch(
+        lambda number: replace(instruction, dispatch=number), lambda number: replace(entry, dispatch=number)
+    )
+
+
+def test_answers_to_other_requests_and_repeated_ones_are_ignored():
+    transport = Scripted()
+    exchange = Exchange(transport, DurationModel(make_fleet("uniform", 4), seed=0, noise=0.0))
+    number = dispatch(exchange, 2)
+    good = Report(number, 2, {}, 5)
+    transport.ready = [Failure(99, 2, "unknown"), good, replace(good, num_examples=7), Failure(number, 2, "again")]
+    arrival = exchange.next_arrival()
+    assert isinstance(arrival, Arrival)
+    assert arrival.answer is good
+    assert exchange.next_arrival() is None
+
+
+def test_an_answer_signed_by_another_client_is_a_failure_of_the_one_that_was_asked():
+    transport = Scripted()
+    exchange = Exchange(transport, DurationModel(make_fleet("uniform", 4), seed=0, noise=0.0))
+    transport.ready = [Report(dispatch(exchange, 2), 3, {}, 5)]
+    arrival = exchange.next_in_dispatch_order()
+    assert arrival is not None
+    assert arrival.answer == Failure(0, 2, "answer signed by client 3")
+
+
+def test_a_transport_that_stays_silent_is_given_up_after_the_reply_timeout():
+    exchange = Exchange(Scripted(), None, reply_timeout_s=0.01)
+    dispatch(exchange, 1)
+    arrival = exchange.next_arrival()
+    assert arrival is not None
+    assert arrival.answer == Failure(0, 1, "no answer in 0.01 s")
+
+
+def test_what_is_asked_aside_takes_no_time_and_mixes_with_nothing():
+    transport = Scripted()
+    exchange = Exchange(transport, DurationModel(make_fleet("uniform", 4), seed=0, noise=0.0))
+    number = dispatch(exchange, 2)
+    exchange._fill()
+    aside = [Instruction("evaluate", 1000 + pid, pid, 1, 0, JOB, {}) for pid in (0, 1)]
+    transport.ready = [Report(1001, 1, {}, 3), Report(number, 2, {}, 5), Report(1000, 0, {}, 4)]
+    assert [answer.dispatch for answer in exchange.ask_aside(aside)] == [1000, 1001]
+    assert exchange.now_s == 0
+    arrival = exchange.next_arrival()
+    assert arrival is not None
+    assert arrival.entry.partition_id == 2
