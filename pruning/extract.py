@@ -1,4 +1,4 @@
-"""Extract and embed: from the full model to one client's share of it, and back. And ``resize``: the share as a module."""
+"""Extract and embed: from the full model to a client's share and back. And ``resize``: the share as a module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.groups import Axis, Group, Layout
-from pruning.rows import Kept, gather
+from pruning.rows import gather
 from pruning.spec import SubModelSpec
 
 State = Mapping[str, Tensor]

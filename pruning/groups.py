@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 
 class LayoutError(ValueError):
@@ -32,7 +33,7 @@ class Axis:
     ----------
     key : state-dict key.
     dim : axis of that tensor, counted from 0.
-    repeat : positions per unit: ``head_dim`` for an attention head, ``H * W`` for a channel flattened into a linear layer.
+    repeat : positions per unit: ``head_dim`` for an attention head, ``H * W`` for a channel flattened into a linear.
     offset : first position: ``dim`` and ``2 * dim`` for K and V in a fused qkv, the start of a part in a concatenation.
     """
 
@@ -150,6 +151,6 @@ class Layout:
                 owners.setdefault((axis.key, axis.dim), []).append((axis.offset, stop, group.name))
         for (key, dim), spans in owners.items():
             spans.sort()
-            for (_, stop, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+            for (_, stop, first), (start, _, second) in pairwise(spans):
                 if start < stop:
                     raise LayoutError(f"axis {dim} of {key!r}: groups {first!r} and {second!r} overlap")

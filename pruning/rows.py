@@ -1,4 +1,4 @@
-"""Reading and writing the kept entries of a tensor: slices where they are contiguous, rows of memory where they are not.
+"""Reading and writing kept entries of a tensor: slices where they are contiguous, rows of memory where they are not.
 
 Of a convolution's weight [O, I, k, k] with scattered O and I kept, what stays together in memory are runs of k * k
 numbers. numpy moves such runs as single items of that many bytes, two to three times faster than torch moves rows.
@@ -7,7 +7,7 @@ numbers. numpy moves such runs as single items of that many bytes, two to three 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -99,6 +99,6 @@ def _items(tensor: Tensor, row_size: int) -> np.ndarray:
     return flat.numpy().view(_item_type(row_size * tensor.element_size()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _item_type(num_bytes: int) -> np.dtype[np.void]:
     return np.dtype((np.void, num_bytes))

@@ -1,8 +1,8 @@
 """Which units: widths under a retention ratio, and the units that fill them.
 
 Two questions, kept apart. *How many* units of each group: ``equal_widths`` cuts every group by the same fraction.
-*Which ones*: the first (``select_prefix``), a window that wanders (``select_rolling``), the best (``select_top``) or any
-(``select_random``). ``NestedFamily`` answers both at once for a frozen global order, as AdaptCL needs it.
+*Which ones*: the first (``select_prefix``), a window that wanders (``select_rolling``), the best (``select_top``) or
+any (``select_random``). ``NestedFamily`` answers both at once for a frozen global order, as AdaptCL needs it.
 """
 
 from __future__ import annotations
