@@ -38,7 +38,7 @@ from wire.message import Job
 from zoo import get_model
 
 MAY_DIFFER = ("num-rounds", "num-workers", "run-dir", "resume", "transport", "reply-timeout-s", "keep-checkpoints")
-"""Keys that a resumed run may change: nothing already merged depends on them (but the cosine schedule on num-rounds)."""
+"""Keys that a resumed run may change: nothing merged depends on them (but a cosine schedule on num-rounds)."""
 
 
 class RunFolderError(ValueError):

@@ -25,7 +25,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def make_instruction() -> MakeInstruction:
-    """Build a training instruction for a client that holds 64 digits; ``train`` and ``job`` are changes to the defaults."""
+    """Build a training instruction for a client of 64 digits; ``train`` and ``job`` change the defaults."""
 
     def make(
         model: str = "cnn",

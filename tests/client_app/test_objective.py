@@ -13,10 +13,10 @@ from wire.message import TrainConfig
 from zoo import get_model
 
 
-def task_of(train: TrainConfig = TrainConfig(), settings: dict | None = None, counts: list[int] | None = None) -> Task:
+def task_of(train: TrainConfig | None = None, settings: dict | None = None, counts: list[int] | None = None) -> Task:
     torch.manual_seed(0)
     model, layout = get_model("cnn", 10, 1, 8, width=0.25)
-    return Task(model.train(), layout, train, settings or {}, torch.tensor(counts or [5] * 10), FULL, model)
+    return Task(model.train(), layout, train or TrainConfig(), settings or {}, torch.tensor(counts or [5] * 10), FULL, model)
 
 
 def loss_of(task: Task, name: str = "cross-entropy") -> Loss:

@@ -64,7 +64,10 @@ def test_random_sub_models_load_strictly_train_and_cost_what_the_cost_model_says
         assert cost.of(spec).parameters == sum(p.numel() for p in small.parameters())
         assert cost.of(spec).bytes == sum(t.numel() * t.element_size() for t in state.values())
         if depth is None:
-            assert measure_costs(small, Layout(()), torch.zeros(2, 3, 32, 32)).of(SubModelSpec()).macs == cost.of(spec).macs
+            assert (
+                measure_costs(small, Layout(()), torch.zeros(2, 3, 32, 32)).of(SubModelSpec()).macs
+                == cost.of(spec).macs
+            )
             small.train()(torch.randn(2, 3, 32, 32)).sum().backward()
             assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
 

@@ -38,7 +38,14 @@ def test_numbers_that_json_lacks_become_null(value, tmp_path):
 
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
-        log.write({"event": "evaluation", "server_round": 1, "loss": value, "family": [{"loss": value, "accuracy": np.float64(0.5)}]})
+        log.write(
+            {
+                "event": "evaluation",
+                "server_round": 1,
+                "loss": value,
+                "family": [{"loss": value, "accuracy": np.float64(0.5)}],
+            }
+        )
     row = json.loads(path.read_text(), parse_constant=refuse)
     assert row["loss"] is None
     assert row["family"] == [{"loss": None, "accuracy": 0.5}]

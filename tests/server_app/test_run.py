@@ -67,9 +67,7 @@ def test_an_interrupted_run_says_so_and_goes_on_where_it_stopped(mode, tmp_path)
     settings = {"loop.quorum": 3, "loop.max-staleness": 3} if mode == "semi-async" else {}
     whole = tiny_run(tmp_path / "whole", strategy="adaptcl", num_rounds=6, **settings)
     with pytest.raises(KeyboardInterrupt):
-        tiny_run(
-            tmp_path / "first", Interruptor(5, KeyboardInterrupt()), strategy="adaptcl", num_rounds=6, **settings
-        )
+        tiny_run(tmp_path / "first", Interruptor(5, KeyboardInterrupt()), strategy="adaptcl", num_rounds=6, **settings)
     end = read_end(tmp_path / "first")
     assert (end["status"], end["reason"]) == ("interrupted", "interrupted by the user")
     stopped = load_checkpoint(tmp_path / "first")[0].server_round

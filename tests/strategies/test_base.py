@@ -36,7 +36,9 @@ def echo(instruction: Instruction) -> Report:
     return Report(instruction.dispatch, instruction.partition_id, state, 10, (1,) * 10, NUM_MACS)
 
 
-def simulate(loop: LoopConfig, num_rounds: int, handler: Callable = echo, num_clients: int = 4, **changes) -> list[dict]:
+def simulate(
+    loop: LoopConfig, num_rounds: int, handler: Callable = echo, num_clients: int = 4, **changes
+) -> list[dict]:
     """Rows of a FedAvg run without data: ``num_clients`` devices whose update times are spaced evenly from 1 to 5."""
     torch.manual_seed(0)
     model, layout = get_model("mlp", 10, 1, 8, width=0.05)
@@ -171,7 +173,9 @@ def test_stale_answers_count_as_steps_from_where_they_started():
     """Everybody adds one, whatever it received: a merge of stale and fresh answers adds one to the present model."""
 
     def adds_one(instruction: Instruction) -> Report:
-        return replace(echo(instruction), state={k: torch.ones_like(t) for k, t in instruction.state.items()}, is_delta=True)
+        return replace(
+            echo(instruction), state={k: torch.ones_like(t) for k, t in instruction.state.items()}, is_delta=True
+        )
 
     kept: list[dict] = []
     torch.manual_seed(0)

@@ -28,7 +28,9 @@ from wire.grid import (
 )
 from wire.message import CompressionConfig, DataConfig, Failure, Instruction, Job, ModelConfig, Report, TrainConfig
 
-JOB = Job(ModelConfig("resnet8", 0.5), DataConfig(partition="iid"), TrainConfig(), 4, 9, 3, CompressionConfig("dgc"), "/x")
+JOB = Job(
+    ModelConfig("resnet8", 0.5), DataConfig(partition="iid"), TrainConfig(), 4, 9, 3, CompressionConfig("dgc"), "/x"
+)
 STATE = {
     "conv.weight": torch.randn(3, 2, 1, 1),
     "norm.num_batches_tracked": torch.tensor(7),
