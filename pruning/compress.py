@@ -25,8 +25,8 @@ def sparsify(
     """Keep the largest entries of an accumulated update.
 
     With u the velocity and v the residual: ``u = momentum * u + update; v = v + u``; the ``density`` share of v that is
-    largest in magnitude is sent, and cleared in u and v (DGC, algorithm 1). Tensors of one axis, and integers, are sent whole:
-    they weigh nothing, and BatchNorm suffers.
+    largest in magnitude is sent, and cleared in u and v (DGC, algorithm 1). Tensors of one axis, and integers, are
+    sent whole: they weigh nothing, and BatchNorm suffers.
 
     Returns
     -------

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -231,8 +231,7 @@ def _sync_attributes(module: nn.Module) -> None:
     if isinstance(module, nn.modules.conv._ConvNd):
         out_channels, in_per_group = module.weight.shape[:2]
         if module.groups > 1 and in_per_group == 1 and module.groups == module.in_channels:
-            multiplier = module.out_channels // module.groups
-            module.groups = out_channels // multiplier
+            module.groups = out_channels // (module.out_channels // module.groups)
         module.out_channels, module.in_channels = out_channels, in_per_group * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -245,6 +244,7 @@ def _sync_attributes(module: nn.Module) -> None:
     elif hasattr(module, "num_heads") and hasattr(module, "head_dim"):
         qkv = getattr(module, "qkv", None)
         if isinstance(qkv, nn.Linear):
-            module.num_heads = qkv.weight.shape[0] // (3 * int(module.head_dim))  # type: ignore[arg-type]
-            if hasattr(module, "attn_dim"):
-                module.attn_dim = module.num_heads * int(module.head_dim)  # type: ignore[arg-type]
+            attention: Any = module  # timm's: it reads these attributes
+            attention.num_heads = qkv.weight.shape[0] // (3 * attention.head_dim)
+            if hasattr(attention, "attn_dim"):
+                attention.attn_dim = attention.num_heads * attention.head_dim

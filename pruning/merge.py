@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.extract import Selection, State, StateError, check_state, gather, relative, selection, shapes_of
+from pruning.extract import Selection, State, StateError, check_state, relative, selection, shapes_of
 from pruning.groups import Layout
-from pruning.rows import add_at
+from pruning.rows import add_at, gather
 from pruning.spec import SubModelSpec
 
 FLUSH_SPECS = 64

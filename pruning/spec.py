@@ -29,7 +29,7 @@ class SubModelSpec:
     depth: int | None = None
 
     @classmethod
-    def of(cls, kept: Mapping[str, Sequence[int]], depth: int | None = None) -> SubModelSpec:
+    def of(cls, kept: Mapping[str, Sequence[int] | np.ndarray], depth: int | None = None) -> SubModelSpec:
         """Build a spec from any mapping of group name to units, in any order."""
         return cls(tuple((name, tuple(sorted(int(u) for u in kept[name]))) for name in sorted(kept)), depth)
 
