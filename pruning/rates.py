@@ -8,7 +8,7 @@ ours (docs/fidelity.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -31,9 +31,9 @@ class RateParams:
     slack : target = (1 + slack) * the reference's update time.
     min_timed_rounds : rounds a client must have been timed since its last change.
     regrow : widen a client again that has become faster than the target.
-    direction : ``prune`` (the paper's): everybody starts whole, and the slower ones are cut until they are as fast as the
-        fastest. ``grow`` (ours): everybody starts at the floor, and the faster ones grow until they take as long as the
-        slowest; a round then never takes longer than the smallest model everywhere would.
+    direction : ``prune`` (the paper's): everybody starts whole, and the slower ones are cut until they are as fast as
+        the fastest. ``grow`` (ours): everybody starts at the floor, and the faster ones grow until they take as long
+        as the slowest; a round then takes no longer than the smallest model everywhere would.
     """
 
     alpha: float = 1.0
@@ -61,11 +61,6 @@ class RateParams:
         for name, (value, is_good, expected) in checks.items():
             if not is_good:
                 raise RateError(f"{name}: got {value}, expected a value {expected}")
-
-    @property
-    def first_ratio(self) -> float:
-        """Ratio of a client that nothing is known about."""
-        return 1.0 if self.direction == "prune" else self.min_retention_ratio
 
 
 @dataclass(frozen=True)
@@ -131,8 +126,13 @@ def record_time(
     return {**state, partition_id: replace(client, times_s=(*client.times_s, update_time_s)[-64:])}
 
 
-def update_rates(state: RateState, params: RateParams) -> tuple[dict[int, ClientRate], RateDecision]:
+def update_rates(
+    state: RateState, params: RateParams, achievable: Callable[[int, float], float] = lambda client, ratio: ratio
+) -> tuple[dict[int, ClientRate], RateDecision]:
     """One pruning decision: (state, what was observed in it) -> (state, decision).
+
+    ``achievable(client, ratio)`` is the ratio of the sub-model that a client would really get. Widths are whole numbers,
+    often of eights; a learner that believes in the ratio it asked for instead runs after its own rounding.
 
     The reference is the fastest client *that is still unpruned*: with the minimum over all, timing noise and one-way
     pruning would ratchet everybody down. When growing it is the slowest client that is still at the floor.
@@ -149,6 +149,7 @@ def update_rates(state: RateState, params: RateParams) -> tuple[dict[int, Client
         phi = client.update_time_s
         history = _with_point(client.history, (phi, client.retention_ratio))
         ratio = _next_ratio(client.retention_ratio, phi, target_s, history, params)
+        ratio = client.retention_ratio if ratio == client.retention_ratio else achievable(pid, ratio)
         if ratio != client.retention_ratio:
             updated[pid] = ClientRate(ratio, (), history)
             changed.append(pid)

@@ -119,6 +119,12 @@ class NestedFamily:
     widths: np.ndarray
     retention: np.ndarray
 
+    def achievable(self, retention_ratio: float, floor: float = 0.0) -> float:
+        """Ratio of the largest member within ``retention_ratio``, but of one that keeps at least ``floor``."""
+        least = int(np.searchsorted(self.retention, floor - 1e-9))
+        row = max(least, int(np.searchsorted(self.retention, retention_ratio + 1e-9)) - 1)
+        return float(self.retention[min(row, len(self.retention) - 1)])
+
     def member(self, retention_ratio: float) -> SubModelSpec:
         """The smallest member that keeps at least ``retention_ratio`` of the prunable parameters."""
         if not 0 < retention_ratio <= 1:

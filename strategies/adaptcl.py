@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,14 +101,14 @@ class AdaptCL(SubModelStrategy):
         if self.config.local_objective == "plain" or self._scores is None or not self.config.identical:
             return {pid: Order(spec) for pid, spec in specs.items()}
         ratios = [client.retention_ratio for client in self._rates.values()]
-        core = self._family_of(0).member(min(ratios, default=self.config.rates.first_ratio))
+        core = self._family_of(0).member(min(ratios, default=self._first_ratio(0)))
         settings = {"core": spec_to_json(core)}
         return {pid: Order(spec, objective="nested", settings=settings) for pid, spec in specs.items()}
 
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Note the update time; the only thing AdaptCL ever learns about a device."""
-        first_ratio = self.config.rates.first_ratio
-        self._rates = record_time(self._rates, arrival.entry.partition_id, arrival.duration.update_time_s, first_ratio)
+        pid = arrival.entry.partition_id
+        self._rates = record_time(self._rates, pid, arrival.duration.update_time_s, self._first_ratio(pid))
 
     def merge_rule(self) -> MergeRule:
         """The configured aggregation."""
@@ -121,12 +121,12 @@ class AdaptCL(SubModelStrategy):
 
     def evaluation_spec(self, partition_id: int) -> SubModelSpec:
         """The sub-model of the client's present rate."""
-        ratio = self._rates.get(partition_id, ClientRate(self.config.rates.first_ratio)).retention_ratio
+        ratio = self._rates.get(partition_id, ClientRate(self._first_ratio(partition_id))).retention_ratio
         return SubModelSpec() if ratio >= 1 or self._scores is None else self._family_of(partition_id).member(ratio)
 
     def family(self) -> dict[str, SubModelSpec]:
-        """One member for each rate in use, rounded to two digits."""
-        ratios = sorted({round(client.retention_ratio, 2) for client in self._rates.values()})
+        """One member for each rate in use."""
+        ratios = sorted({client.retention_ratio for client in self._rates.values()})
         if self._scores is None or not self.config.identical:
             return {}
         return {f"{ratio:.2f}": self._family_of(0).member(ratio) for ratio in ratios if ratio < 1}
@@ -135,7 +135,8 @@ class AdaptCL(SubModelStrategy):
         if self._scores is None or self.config.order == "refreshed":
             self._scores = score_units(self.progress.state, self.layout, self.config.importance)
             self._families = {}
-        self._rates, decision = update_rates(self._rates, self.config.rates)
+        params = replace(self.config.rates, min_retention_ratio=self._floor(0))
+        self._rates, decision = update_rates(self._rates, params, self._achievable)
         for pid in decision.newly_floored:
             self.warn(
                 server_round,
@@ -144,6 +145,16 @@ class AdaptCL(SubModelStrategy):
                 "update time does not shrink with the model, or min-retention-ratio is too high",
             )
         self._log(server_round, decision)
+
+    def _achievable(self, partition_id: int, ratio: float) -> float:
+        return self._family_of(partition_id).achievable(ratio, self.config.rates.min_retention_ratio)
+
+    def _floor(self, partition_id: int) -> float:
+        """Ratio of the smallest sub-model that a client may get."""
+        return self._achievable(partition_id, self.config.rates.min_retention_ratio)
+
+    def _first_ratio(self, partition_id: int) -> float:
+        return 1.0 if self.config.rates.direction == "prune" else self._floor(partition_id)
 
     def _log(self, server_round: int, decision: RateDecision) -> None:
         order = json.dumps(dict(self._family_of(0).order))
