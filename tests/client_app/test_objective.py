@@ -16,7 +16,9 @@ from zoo import get_model
 def task_of(train: TrainConfig | None = None, settings: dict | None = None, counts: list[int] | None = None) -> Task:
     torch.manual_seed(0)
     model, layout = get_model("cnn", 10, 1, 8, width=0.25)
-    return Task(model.train(), layout, train or TrainConfig(), settings or {}, torch.tensor(counts or [5] * 10), FULL, model)
+    return Task(
+        model.train(), layout, train or TrainConfig(), settings or {}, torch.tensor(counts or [5] * 10), FULL, model
+    )
 
 
 def loss_of(task: Task, name: str = "cross-entropy") -> Loss:
@@ -81,7 +83,7 @@ def test_training_under_a_regulariser_shrinks_what_it_punishes(norm):
             loss(*BATCH)[0].backward()
             optimizer.step()
         kind = nn.BatchNorm2d if norm == "l1" else nn.Conv2d
-        return sum(float(m.weight.abs().sum()) for m in task.model.modules() if isinstance(m, kind))
+        return sum(float(m.weight.detach().abs().sum()) for m in task.model.modules() if isinstance(m, kind))
 
     assert punished(0.1) < 0.95 * punished(0.0)
 

@@ -178,8 +178,8 @@ def test_a_worker_that_dies_costs_one_answer(name, tmp_path):
 
 @every_strategy
 def test_a_client_that_never_answers_is_bounded_by_the_reply_timeout(name, tmp_path):
-    rows = tiny_run(tmp_path / "run", faulty.hangs, num_workers=1, strategy=name, num_rounds=2, reply_timeout_s=3.0)
-    _assert_only_the_culprit_failed(rows, "failed", "no answer in 3 s")
+    rows = tiny_run(tmp_path / "run", faulty.hangs, num_workers=1, strategy=name, num_rounds=2, reply_timeout_s=2.0)
+    _assert_only_the_culprit_failed(rows, "failed", "no answer in 2 s")
 
 
 def _assert_only_the_culprit_failed(rows: list[dict[str, Any]], status: str, reason: str) -> None:

@@ -131,8 +131,9 @@ def test_every_aggregation_is_the_rule_it_names(aggregation, tmp_path):
     assert len({instruction.spec for instruction, _ in replies}) > 1
 
 
-@pytest.mark.parametrize("scope", ["bounded", "global", "per-layer"])
-@pytest.mark.parametrize("importance", ["bn-scale", "l1", "l2"])
+@pytest.mark.parametrize(
+    ("scope", "importance"), [("bounded", "bn-scale"), ("global", "l1"), ("per-layer", "l2"), ("global", "bn-scale")]
+)
 def test_every_scope_and_importance_can_be_chosen(scope, importance, tmp_path):
     rows, sent = run_with_specs(
         tmp_path / "run", num_rounds=3, model__name="cnn", adaptcl__scope=scope, adaptcl__importance=importance
@@ -171,7 +172,7 @@ def test_a_client_that_pruning_cannot_help_is_named_in_one_warning(tmp_path):
     assert len(warnings) == len(floors)
     for pid in floors:
         assert any(message.startswith(f"client {pid} stays slower than the target") for message in warnings)
-        assert select(rows, "decision")[-1]["rates"][str(pid)] == pytest.approx(0.6)
+        assert select(rows, "decision")[-1]["rates"][str(pid)] == pytest.approx(0.6, abs=0.03)
 
 
 def test_the_family_has_a_member_for_every_rate_in_use(plain):
