@@ -49,7 +49,7 @@ def shapes_of(state: State) -> Shapes:
     return tuple((key, tuple(tensor.shape)) for key, tensor in state.items())
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def selection(layout: Layout, spec: SubModelSpec, shapes: Shapes) -> Selection:
     """Return where ``spec`` lies in a state dict of ``shapes``.
 

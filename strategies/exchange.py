@@ -7,9 +7,10 @@ hands on the earliest. In deployment the clock is the wall. Strategies do not no
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -103,8 +104,9 @@ class Exchange:
         self._last_answer = -math.inf
         self._queue: deque[tuple[Entry, Callable[[], Instruction]]] = deque()
         self._under_way: dict[int, tuple[Entry, float]] = {}
-        self._order: deque[int] = deque()
+        self._order: OrderedDict[int, None] = OrderedDict()  # not handed on yet, oldest first
         self._ready: dict[int, Arrival] = {}
+        self._by_time: list[tuple[float, int]] = []  # heap over _ready
 
     @property
     def is_virtual(self) -> bool:
@@ -133,15 +135,15 @@ class Exchange:
     def hold(self, arrivals: list[Arrival]) -> None:
         """Take over the held answers of an interrupted run."""
         for arrival in arrivals:
-            self._ready[arrival.entry.dispatch] = arrival
-            self._order.append(arrival.entry.dispatch)
+            self._order[arrival.entry.dispatch] = None
+            self._set_ready(arrival)
 
     def dispatch(self, make: Callable[[int], Instruction], entry: Callable[[int], Entry]) -> int:
         """Queue one request. ``make`` builds the instruction when a worker is near, so that few exist at a time."""
         number = self.next_dispatch
         self.next_dispatch += 1
         self._queue.append((entry(number), lambda: make(number)))
-        self._order.append(number)
+        self._order[number] = None
         if not self.is_virtual:
             self._fill()
         return number
@@ -152,8 +154,9 @@ class Exchange:
         Nothing is held back, so a round's memory does not grow with its clients.
         """
         while self._order:
-            if self._order[0] in self._ready:
-                return self._ready.pop(self._order.popleft())
+            oldest = next(iter(self._order))
+            if oldest in self._ready:
+                return self._hand_on(oldest)
             self._pump()
         return None
 
@@ -164,14 +167,23 @@ class Exchange:
         else:
             while not self._ready and (self._under_way or self._queue) and self.now_s < until_s:
                 self._pump(max(0.0, min(1.0, until_s - self.now_s)))
-        if not self._ready:
+        while self._by_time and self._by_time[0][1] not in self._ready:
+            heapq.heappop(self._by_time)
+        if not self._by_time or (self.is_virtual and self._by_time[0][0] > until_s):
             return None
-        first = min(self._ready.values(), key=lambda arrival: (arrival.finish_s, arrival.entry.dispatch))
-        if self.is_virtual and first.finish_s > until_s:
-            return None
-        self._order.remove(first.entry.dispatch)
-        self.advance_to(first.finish_s)
-        return self._ready.pop(first.entry.dispatch)
+        finish_s, dispatch = heapq.heappop(self._by_time)
+        self.advance_to(finish_s)
+        return self._hand_on(dispatch)
+
+    def _set_ready(self, arrival: Arrival) -> None:
+        self._ready[arrival.entry.dispatch] = arrival
+        heapq.heappush(self._by_time, (arrival.finish_s, arrival.entry.dispatch))
+
+    def _hand_on(self, dispatch: int) -> Arrival:
+        del self._order[dispatch]
+        if not self._order:
+            self._by_time.clear()
+        return self._ready.pop(dispatch)
 
     def _pump_until_all_ready(self) -> None:
         while self._queue or self._under_way:
@@ -195,7 +207,10 @@ class Exchange:
             return
         for answer in self._receive(timeout_s):
             self._accept(answer)
-        for entry, _ in [item for item in self._under_way.values() if self._is_overdue(item[1])]:
+        while self._under_way:
+            entry, sent = next(iter(self._under_way.values()))  # sent first of all
+            if not self._is_overdue(sent):
+                break
             del self._under_way[entry.dispatch]
             self._settle(entry, Failure(entry.dispatch, entry.partition_id, f"no answer in {self.reply_timeout_s:g} s"))
 
@@ -255,4 +270,4 @@ class Exchange:
             share = entry.download_bytes / total
             duration = Duration(travel_s * share, min(compute_s, elapsed_s), travel_s * (1 - share))
             finish_s = self.now_s
-        self._ready[entry.dispatch] = Arrival(entry, answer, duration, finish_s)
+        self._set_ready(Arrival(entry, answer, duration, finish_s))
