@@ -1,8 +1,8 @@
 """What the engine costs: CPU per trivial client and round, everything included but training.
 
 A client adds one to a model of two small tensors. What is counted is all the rest: planning, instructions, ledger,
-virtual clock, validation, merge and event log; one row has a checkpoint after each round as well. ``--grid`` also measures Flower's simulation
-engine with the same client (half a minute: it starts Ray).
+virtual clock, validation, merge and event log; one row has a checkpoint after each round as well. ``--grid`` also
+measures Flower's simulation engine with the same client (half a minute: it starts Ray).
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pruning.extract import gather, relative, resize, selection, shapes_of
+from pruning.extract import relative, resize, selection, shapes_of
 from pruning.groups import Layout
 from pruning.importance import bn_scale_axes
+from pruning.rows import gather
 from pruning.spec import SubModelSpec
 from wire.flat import Scalar, nearest
 from wire.grid import spec_from_json
@@ -98,7 +99,8 @@ def nested(task: Task) -> Objective:
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = last_logits(task.model(x))
-        weights = {key: gather(own[key], kept) for key, kept in places.items()}
+        # Clones: the core's pass must not touch the sub-model's running statistics, not even through a view.
+        weights = {key: gather(own[key], kept).clone() for key, kept in places.items()}
         core_logits = last_logits(torch.func.functional_call(core, weights, (x,)))
         smoothing = task.train.label_smoothing
         value = functional.cross_entropy(logits, y, label_smoothing=smoothing)

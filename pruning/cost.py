@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[list[_Use], dict[str, tup
     alive: list[Tensor] = []
     batch = example.shape[0]
 
-    def note(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(path: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if hasattr(module, "num_heads") and hasattr(module, "head_dim"):
             attention[path] = (inputs[0].shape[1], int(module.head_dim), int(module.num_heads))
             return
@@ -219,7 +219,7 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[list[_Use], dict[str, tup
         alive.append(tensor)
 
     handles = [
-        module.register_forward_hook(lambda m, i, o, path=path: note(path, m, i, o))  # type: ignore[misc]
+        module.register_forward_hook(lambda m, i, o, path=path: note(path, m, i, o))
         for path, module in model.named_modules()
     ]
     was_training = model.training

@@ -131,8 +131,8 @@ def update_rates(
 ) -> tuple[dict[int, ClientRate], RateDecision]:
     """One pruning decision: (state, what was observed in it) -> (state, decision).
 
-    ``achievable(client, ratio)`` is the ratio of the sub-model that a client would really get. Widths are whole numbers,
-    often of eights; a learner that believes in the ratio it asked for instead runs after its own rounding.
+    ``achievable(client, ratio)`` is the ratio of the sub-model that a client would really get. Widths are whole
+    numbers, often of eights; a learner that believes in the ratio it asked for runs after its own rounding.
 
     The reference is the fastest client *that is still unpruned*: with the minimum over all, timing noise and one-way
     pruning would ratchet everybody down. When growing it is the slowest client that is still at the floor.

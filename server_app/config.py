@@ -155,7 +155,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
     method: Any = None
     for name, kind in STRATEGIES.items():
         own = {key: value for key, value in flat.items() if key.startswith(name + ".")}
-        settings = from_flat(kind.Config, own, name + ".")
+        settings: Any = from_flat(kind.Config, own, name + ".")
         method = settings if name == run.strategy else method
     return Config(run, method)
 

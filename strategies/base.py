@@ -224,7 +224,7 @@ class SubModelStrategy(Strategy):
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def start(  # type: ignore[override]
+    def start(
         self,
         grid: Grid | Transport,
         initial_arrays: ArrayRecord | None = None,

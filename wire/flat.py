@@ -58,7 +58,7 @@ def known_keys(kind: type, prefix: str = "") -> dict[str, type]:
     known: dict[str, type] = {}
     for field in fields(kind):
         key, hint = prefix + kebab(field.name), hints[field.name]
-        known |= known_keys(hint, key + ".") if is_dataclass(hint) else {key: hint}
+        known |= known_keys(hint, key + ".") if is_dataclass(hint) else {key: hint}  # type: ignore[arg-type]
     return known
 
 

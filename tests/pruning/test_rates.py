@@ -40,7 +40,8 @@ def test_the_timing_model_reaches_its_speed_up_within_its_decisions(sigma, speed
     for seed in range(3):
         got, aligned_after, ratios, _ = simulate(sigma, seed=seed)
         assert got >= speed_up
-        assert aligned_after is not None and aligned_after <= decisions
+        assert aligned_after is not None
+        assert aligned_after <= decisions
         assert ratios[0] == 1.0
 
 
@@ -56,7 +57,8 @@ def test_equal_clients_are_never_pruned_over_a_whole_run():
 def test_a_part_that_does_not_shrink_is_found_and_reported_once():
     _, _, ratios, floored = simulate(5, RateParams(min_retention_ratio=0.2), fixed=0.3)
     assert ratios.min() == 0.2
-    assert 9 in floored and len(floored) == len(set(floored))
+    assert 9 in floored
+    assert len(floored) == len(set(floored))
 
 
 def test_missing_clients_keep_their_ratio_and_late_joiners_start_full():
@@ -87,7 +89,9 @@ def test_slack_raises_the_target():
     assert update_rates(state, TIMING)[1].changed == (1,)
 
 
-@given(st.lists(st.tuples(st.floats(1, 100), st.floats(0.02, 1)), min_size=1, max_size=3, unique_by=lambda p: round(p[0])))
+@given(
+    st.lists(st.tuples(st.floats(1, 100), st.floats(0.02, 1)), min_size=1, max_size=3, unique_by=lambda p: round(p[0]))
+)
 def test_newton_is_the_interpolating_polynomial(points):
     times, ratios = zip(*points, strict=True)
     expected = KroghInterpolator(times, ratios)(1.5)
