@@ -92,7 +92,7 @@ class TrainConfig:
     local_epochs: int = 1
     batch_size: int = 32
     learning_rate: float = 0.05
-    schedule: str = "constant"
+    schedule: str = "cosine"
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
