@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -130,8 +131,31 @@ class NestedFamily:
         if not 0 < retention_ratio <= 1:
             raise RetentionError(f"retention ratio must be in (0, 1], got {retention_ratio}")
         row = min(int(np.searchsorted(self.retention, retention_ratio - 1e-9)), len(self.retention) - 1)
-        widths = {g.name: int(self.widths[row, i]) for i, g in enumerate(self.layout.groups) if g.exact}
-        return _spec(self.layout, widths, {name: self.order[name][:width] for name, width in widths.items()})
+        if row not in self._members:
+            self._members[row] = self._build(row)
+        return self._members[row]
+
+    @cached_property
+    def _members(self) -> dict[int, SubModelSpec]:
+        """Members asked for so far: a thousand clients share the few hundred that there are."""
+        return {}
+
+    @cached_property
+    def _units(self) -> tuple[list[tuple[str, int]], np.ndarray, np.ndarray]:
+        """Groups by name with their columns of ``widths``; then, over all their units, the rank and the index."""
+        groups = sorted((g.name, i) for i, g in enumerate(self.layout.groups) if g.exact)
+        ranks = np.concatenate([np.argsort(self.order[name]) for name, _ in groups])
+        # Python integers made once: a spec holds thousands, and members hold the same ones.
+        numbers = np.arange(max(len(self.order[name]) for name, _ in groups)).astype(object)
+        return groups, ranks, np.concatenate([numbers[: len(self.order[name])] for name, _ in groups])
+
+    def _build(self, row: int) -> SubModelSpec:
+        groups, ranks, units = self._units
+        widths = self.widths[row, [column for _, column in groups]]
+        sizes = [len(self.order[name]) for name, _ in groups]
+        kept = iter(np.split(units[ranks < np.repeat(widths, sizes)], np.cumsum(widths)[:-1]))
+        named = [(name, tuple(next(kept).tolist()), size) for (name, _), size in zip(groups, sizes, strict=True)]
+        return SubModelSpec(tuple((name, mine) for name, mine, size in named if len(mine) < size))
 
 
 def nested_family(
