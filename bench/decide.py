@@ -7,6 +7,7 @@ Every client has a speed of its own, so hardly two get the same sub-model: the w
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ def observe(state: RateState, speeds: np.ndarray, rng: np.random.Generator, num_
     return state
 
 
+def achievable_ratio(family: NestedFamily, floor: float, partition_id: int, ratio: float) -> float:
+    """Ratio of the sub-model that a client asking for ``ratio`` would get."""
+    return family.achievable(ratio, floor)
+
+
 def main() -> dict[str, Any]:
     """Run the benchmark."""
     arguments = options("decide", __doc__).parse_args()
@@ -43,6 +49,7 @@ def main() -> dict[str, Any]:
     speeds = np.linspace(1, 5, num_clients)
     state: RateState = {}
     family: NestedFamily | None = None
+    floor = params.min_retention_ratio
     rows: list[dict[str, Any]] = []
     for decision in range(1, num_decisions + 1):
         observing, ordering, learning, selecting = (CpuTimer() for _ in range(4))
@@ -53,11 +60,11 @@ def main() -> dict[str, Any]:
             with ordering:
                 family = nested_family(layout, cost, score_units(model.state_dict(), layout))
         with learning:
-            state, decided = update_rates(state, params, lambda pid, ratio: family.achievable(ratio, 0.2))
+            state, decided = update_rates(state, params, partial(achievable_ratio, family, floor))
         with selecting:
             specs = {family.member(client.retention_ratio) for client in state.values()}
         parts = {"order": ordering, "rates": learning, "selection": selecting}
-        row = {"decision": decision, "changed": len(decided.changed), "sub_models": len(specs)}
+        row: dict[str, Any] = {"decision": decision, "changed": len(decided.changed), "sub_models": len(specs)}
         row |= {f"{name}_ms": 1e3 * timer.cpu_s for name, timer in parts.items()}
         row["total_ms"] = sum(1e3 * timer.cpu_s for timer in parts.values())
         row["observing_us_per_reply"] = 1e6 * observing.cpu_s / (num_clients * params.min_timed_rounds)
