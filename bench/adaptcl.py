@@ -65,11 +65,13 @@ TASKS: dict[str, Task] = {
     "cifar10-vgg11": Task({**CIFAR, "model.name": "vgg11", "model.width": 0.25}, 30, 0.2),
 }
 
-ADAPTCL: Keys = {"strategy": "adaptcl", "adaptcl.pruning-interval": 3}
+ADAPTCL: Keys = {"strategy": "adaptcl"}
 METHODS: dict[str, Keys] = {
     "fedavg": {"strategy": "fedavg"},
     "heterofl": {"strategy": "heterofl"},
     "adaptcl": ADAPTCL,
+    "adaptcl plain objective": {**ADAPTCL, "adaptcl.local-objective": "plain"},
+    "adaptcl grow": {**ADAPTCL, "adaptcl.rates.direction": "grow"},
     "adaptcl by-worker": {**ADAPTCL, "adaptcl.aggregation": "by-worker"},
     "adaptcl by-unit": {**ADAPTCL, "adaptcl.aggregation": "by-unit"},
     "adaptcl by-worker-residual": {**ADAPTCL, "adaptcl.aggregation": "by-worker-residual"},
@@ -79,7 +81,7 @@ METHODS: dict[str, Keys] = {
     "adaptcl L1 1e-4": {**ADAPTCL, "train.sparsity": 1e-4},
     "smallest-everywhere": {"strategy": "fedavg"},
 }
-CORE = ("fedavg", "heterofl", "adaptcl", "adaptcl by-worker", "smallest-everywhere")
+CORE = ("fedavg", "heterofl", "adaptcl", "adaptcl plain objective", "adaptcl grow", "smallest-everywhere")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class AdaptCLConfig:
     local_objective : ``plain`` cross-entropy, or ``nested``: also train, inside each sub-model, the smallest in use.
     """
 
-    pruning_interval: int = 5
+    pruning_interval: int = 3
     rates: RateParams = RateParams()
     importance: str = "bn-scale"
     order: str = "constant"
@@ -56,8 +56,8 @@ class AdaptCLConfig:
     layer_bound: float = 0.5
     round_to: int = 8
     aggregation: str = "by-coverage"
-    coverage_threshold: float = 0.5
-    local_objective: str = "plain"
+    coverage_threshold: float = 0.6
+    local_objective: str = "nested"
 
     def __post_init__(self) -> None:
         """Check every range."""
