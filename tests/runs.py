@@ -22,6 +22,7 @@ TINY: dict[str, Any] = {
     "data.partition": "iid",
     "train.batch-size": 16,
     "train.local-epochs": 2,
+    "train.schedule": "constant",  # so that a resumed run may have more rounds
     "keep-checkpoints": 100,
     "adaptcl.pruning-interval": 2,
     "adaptcl.rates.min-timed-rounds": 1,

@@ -122,7 +122,7 @@ def test_the_cosine_schedule_starts_at_the_learning_rate_and_never_reaches_zero(
     assert rates[5] == pytest.approx(0.05)
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] > 0
-    assert learning_rate(TrainConfig(learning_rate=0.1), 7, 10) == 0.1
+    assert learning_rate(TrainConfig(learning_rate=0.1, schedule="constant"), 7, 10) == 0.1
 
 
 def test_augmentation_keeps_the_shape_and_moves_by_at_most_an_eighth():
