@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from pruning.groups import Axis, Layout
+from pruning.ops import trace_ops
 from pruning.spec import SubModelSpec
 
 Measure = Literal["parameters", "prunable", "macs", "bytes"]
@@ -118,17 +118,6 @@ class CostModel:
         return float(self.price(quantity, sizes[1:], spec.depth)[0] / full) if full else 1.0
 
 
-@dataclass(frozen=True)
-class _Use:
-    """How one module used its weight in the traced forward pass."""
-
-    path: str
-    positions: float
-    input_elements: float
-    is_first: bool
-    shares_input: bool
-
-
 def measure_costs(model: nn.Module, layout: Layout, example: Tensor) -> CostModel:
     """Trace ``model`` once and return the prices of all its sub-models.
 
@@ -138,9 +127,8 @@ def measure_costs(model: nn.Module, layout: Layout, example: Tensor) -> CostMode
     layout : its layout.
     example : one batch, [batch, ...], on the model's device.
     """
-    uses, attention = _trace(model, example)
-    index = {group.name: i for i, group in enumerate(layout.groups)}
     tensors = model.state_dict()
+    index = {group.name: i for i, group in enumerate(layout.groups)}
     parameters = {name for name, _ in model.named_parameters()}
     terms: dict[str, list[Term]] = {name: [] for name in (*Cost.__dataclass_fields__, "prunable")}
 
@@ -157,25 +145,19 @@ def measure_costs(model: nn.Module, layout: Layout, example: Tensor) -> CostMode
             terms["parameters"].append(Term(1, shape, block))
             if any(layout.by_name[g.name].exact for g, _ in layout.axes_of.get(key, ())) or block is not None:
                 terms["prunable"].append(Term(1, shape, block))
-    for use in uses:
-        key = f"{use.path}.weight" if use.path else "weight"
-        block = layout.block_of(key)
-        if tensors[key].dim() > 1:
-            terms["macs"].append(Term(use.positions, factors(key), block))
-            terms["train_macs"].append(Term(use.positions * (2 if use.is_first else 3), factors(key), block))
-        if not use.shares_input:
-            in_dim = 1 if tensors[key].dim() > 1 and tensors[key].shape[1] > 1 else 0
-            axis = factors(key)[in_dim]
-            per_channel = use.input_elements / tensors[key].shape[in_dim]
-            terms["activation_bytes"].append(Term(4 * per_channel, (axis,), block))
-    for path, (num_tokens, head_dim, num_heads) in attention.items():
-        group = _heads_group(layout, path)
-        heads = Factor(num_heads) if group is None else Factor(0, ((index[group], 1),))
-        block = layout.block_of(path + ".")
-        macs = 2.0 * num_tokens**2 * head_dim
-        terms["macs"].append(Term(macs, (heads,), block))
-        terms["train_macs"].append(Term(3 * macs, (heads,), block))
-        terms["activation_bytes"].append(Term(4.0 * 4 * num_tokens * head_dim, (heads,), block))
+    trace = trace_ops(model, example)
+    for product in trace.products:
+        if product.key is not None:
+            shape, block, num_entries = factors(product.key), layout.block_of(product.key), tensors[product.key].numel()
+        else:
+            group = _heads_group(layout, product.path)
+            shape = () if group is None else (Factor(0, ((index[group], 1),)),)
+            block, num_entries = layout.block_of(product.path + "."), 1 if group is None else layout.by_name[group].size
+        terms["macs"].append(Term(product.macs / num_entries, shape, block))
+        terms["train_macs"].append(Term(product.train_macs / num_entries, shape, block))
+    for saved in trace.saved:
+        axis, size = factors(saved.key)[saved.dim], tensors[saved.key].shape[saved.dim]
+        terms["activation_bytes"].append(Term(saved.bytes / size, (axis,), layout.block_of(saved.key)))
     return CostModel(layout, {name: tuple(items) for name, items in terms.items()})
 
 
@@ -189,46 +171,8 @@ def _factor(size: int, axes: Sequence[tuple[int, int, Axis]]) -> Factor:
 
 
 def _heads_group(layout: Layout, path: str) -> str | None:
+    """The group of attention heads inside the module at ``path``."""
     for group in layout.groups:
         if any(axis.key.startswith(path + ".") and axis.repeat > 1 for axis in group.axes):
             return group.name
     return None
-
-
-def _trace(model: nn.Module, example: Tensor) -> tuple[list[_Use], dict[str, tuple[int, int, int]]]:
-    """Run one forward pass and note where each weight was used."""
-    uses: list[_Use] = []
-    attention: dict[str, tuple[int, int, int]] = {}
-    seen: set[int] = set()
-    alive: list[Tensor] = []
-    batch = example.shape[0]
-
-    def note(path: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if hasattr(module, "num_heads") and hasattr(module, "head_dim"):
-            attention[path] = (inputs[0].shape[1], int(module.head_dim), int(module.num_heads))
-            return
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or isinstance(module, nn.Embedding):
-            return
-        positions = output.numel() / output.shape[1] / batch
-        if isinstance(module, nn.Linear):
-            positions = output.numel() / output.shape[-1] / batch
-        tensor = inputs[0]
-        uses.append(_Use(path, positions, tensor.numel() / batch, tensor is example, id(tensor) in seen))
-        seen.add(id(tensor))
-        alive.append(tensor)
-
-    handles = [
-        module.register_forward_hook(lambda m, i, o, path=path: note(path, m, i, o))
-        for path, module in model.named_modules()
-    ]
-    was_training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(example)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return uses, attention
