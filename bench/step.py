@@ -2,7 +2,7 @@
 
 ResNet-18 and VGG-16 are compared with nets written by hand (``bench/handmade.py``), every other zoo model with the same
 model built with its ``width`` option. Both take turns within one process, so that a busy machine is busy for both;
-the ratio is that of the median times. Batch 32, one thread, SGD with momentum.
+the ratio is the median over all turns. Batch 32, one thread, SGD with momentum.
 """
 
 from __future__ import annotations
@@ -58,34 +58,30 @@ def measure(name: str, widths: tuple[float, ...], arguments: argparse.Namespace)
     """Rows of one model: the resized model at each width, its rival, and the speed-up over the full model."""
     size = arguments.image_size
     model, layout = get_model(name, image_size=size)
-    cost = measure_costs(model, layout, torch.zeros(1, 3, size, size))
     generator = torch.Generator().manual_seed(arguments.seed)
     x, y = torch.randn(BATCH, 3, size, size, generator=generator), torch.arange(BATCH) % 10
     budget = (arguments.budget_s, arguments.least)
     (full,) = take_turns([stepper(model, x, y)], *budget)
-    full_s = statistics.median(full)
+    by_hand = name in HANDMADE and size == 32
     rows: list[dict[str, Any]] = []
     for width in widths:
-        spec = select_prefix(layout, equal_widths(layout, cost, width))
-        small = resize(model, layout, spec)
-        rival = (
-            HANDMADE[name](width)
-            if name in HANDMADE and size == 32
-            else get_model(name, image_size=size, width=width)[0]
-        )
+        rival, narrow = get_model(name, image_size=size, width=width)
+        small = resize(model, layout, select_prefix(layout, {group.name: group.size for group in narrow.prunable}))
+        if by_hand:
+            rival = HANDMADE[name](width)
+        num_parameters = [sum(p.numel() for p in net.parameters()) for net in (small, rival)]
+        assert num_parameters[0] == num_parameters[1]
         ours, theirs = take_turns([stepper(small, x, y), stepper(rival, x, y)], *budget)
-        mine_s, rival_s = statistics.median(ours), statistics.median(theirs)
-        num_parameters, of_rival = (sum(p.numel() for p in net.parameters()) for net in (small, rival))
         rows.append(
             {
                 "model": name,
                 "width": width,
-                "against": "by hand" if name in HANDMADE and size == 32 else "width option",
-                "same_size": num_parameters == of_rival,
-                "resized_ms": 1e3 * mine_s,
-                "rival_ms": 1e3 * rival_s,
-                "ratio": mine_s / rival_s,
-                "speed_up": full_s / mine_s,
+                "against": "by hand" if by_hand else "width option",
+                "parameters": num_parameters[0],
+                "resized_ms": 1e3 * statistics.median(ours),
+                "rival_ms": 1e3 * statistics.median(theirs),
+                "ratio": statistics.median(mine / its for mine, its in zip(ours, theirs, strict=True)),
+                "speed_up": statistics.median(full) / statistics.median(ours),
                 "steps": len(ours),
             }
         )
