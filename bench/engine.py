@@ -27,9 +27,10 @@ from pruning.cost import measure_costs
 from pruning.groups import Axis, Group, Layout
 from server_app.checkpoint import save_checkpoint
 from server_app.event_log import EventLog
-from strategies.base import Listener, Progress, Setting, SubModelStrategy
+from strategies.base import SubModelStrategy
 from strategies.exchange import Transport
 from strategies.fedavg import FedAvg, FedAvgConfig
+from strategies.setting import Listener, Progress, Setting
 from wire.grid import partition_record, record_to_instruction, report_to_record
 from wire.local import LocalTransport
 from wire.message import DataConfig, Instruction, Job, ModelConfig, Report, TrainConfig

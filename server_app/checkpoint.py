@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from fleet.clock import Duration
-from strategies.base import Progress
 from strategies.exchange import Arrival, Entry
+from strategies.setting import Progress
 from wire.grid import spec_from_json, spec_to_json
 from wire.message import Failure, Report
 

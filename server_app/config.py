@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies import STRATEGIES
-from strategies.base import LoopConfig
+from strategies.setting import LoopConfig
 from wire.flat import ConfigError, Scalar, cast_scalar, from_flat, known_keys, nearest, require, to_flat
 from wire.message import CompressionConfig, DataConfig, ModelConfig, TrainConfig
 

@@ -31,8 +31,9 @@ from server_app.config import Config, as_toml
 from server_app.evaluation import CentralEvaluator
 from server_app.event_log import EventLog
 from strategies import STRATEGIES
-from strategies.base import Progress, Setting, SubModelStrategy
+from strategies.base import SubModelStrategy
 from strategies.exchange import Transport
+from strategies.setting import Progress, Setting
 from wire.flat import ConfigError
 from wire.message import Job
 from zoo import get_model

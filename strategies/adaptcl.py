@@ -21,8 +21,9 @@ from pruning.merge import MergeRule, coverage_mean, everybody_mean, holders_mean
 from pruning.rates import ClientRate, RateDecision, RateParams, RateState, record_time, update_rates
 from pruning.select import NestedFamily, nested_family
 from pruning.spec import SubModelSpec
-from strategies.base import Order, SubModelStrategy
+from strategies.base import SubModelStrategy
 from strategies.exchange import Arrival
+from strategies.setting import Order
 from wire.flat import require
 from wire.grid import spec_to_json
 from wire.message import Report

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,17 +19,15 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fleet.clock import DurationModel
-from pruning.compress import densify
-from pruning.cost import CostModel
 from pruning.extract import extract
-from pruning.groups import Layout
-from pruning.merge import AggregateResult, MaskedMean, MergeRule, holders_mean, is_finite
+from pruning.merge import MaskedMean, MergeRule, holders_mean, is_finite
 from pruning.spec import FULL, SubModelSpec
+from strategies.answers import arrival_row, check_report, merge_row
 from strategies.exchange import Arrival, Entry, Exchange, Transport
-from wire.flat import ConfigError, Scalar, require
+from strategies.setting import Listener, Order, Progress, Setting, staleness_weight
+from wire.flat import ConfigError
 from wire.grid import GridTransport
-from wire.message import Failure, Instruction, Job, Report, State
+from wire.message import Failure, Instruction, Report, State
 
 logger = logging.getLogger(__name__)
 
@@ -39,121 +37,6 @@ EVALUATION_DISPATCH = 10**9
 
 class RunStoppedError(RuntimeError):
     """The run cannot go on; the last checkpoint holds everything merged so far."""
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Who is asked, when a round closes, and what late answers count. Three independent choices.
-
-    Attributes
-    ----------
-    clients_per_round : free clients asked at the start of a round; 0 for all.
-    quorum : close the round at this many merged answers; 0 waits for everybody.
-    deadline_s : or after this long with at least one; 0 for none.
-    max_staleness : answers older than this many global versions are dropped.
-    staleness : weight of an answer s versions old: ``constant``, ``polynomial:A`` ((1 + s)^-A) or ``hinge:A:B``
-        (1 while s <= B, then 1 / (A (s - B) + 1)) (Xie et al. 2019, section 5.2).
-    mixing_rate : share of the merge that the global model takes over, in (0, 1].
-    max_empty_rounds : stop after this many rounds in a row without a usable answer.
-    """
-
-    clients_per_round: int = 0
-    quorum: int = 0
-    deadline_s: float = 0.0
-    max_staleness: int = 0
-    staleness: str = "constant"
-    mixing_rate: float = 1.0
-    max_empty_rounds: int = 3
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        require(self.clients_per_round >= 0, "clients-per-round", self.clients_per_round, ">= 0")
-        require(self.quorum >= 0, "quorum", self.quorum, ">= 0")
-        require(self.deadline_s >= 0, "deadline-s", self.deadline_s, ">= 0")
-        require(self.max_staleness >= 0, "max-staleness", self.max_staleness, ">= 0")
-        require(0 < self.mixing_rate <= 1, "mixing-rate", self.mixing_rate, "in (0, 1]")
-        require(self.max_empty_rounds >= 1, "max-empty-rounds", self.max_empty_rounds, ">= 1")
-        staleness_weight(self.staleness, 0)
-
-    @property
-    def is_barrier(self) -> bool:
-        """Whether every round waits for everybody it asked."""
-        return self.quorum == 0 and self.deadline_s == 0
-
-
-def staleness_weight(rule: str, staleness: int) -> float:
-    """Weight of an answer ``staleness`` versions old under a rule of ``LoopConfig.staleness``."""
-    kind, *numbers = rule.split(":")
-    try:
-        values = [float(number) for number in numbers]
-        if kind == "constant" and not values:
-            return 1.0
-        if kind == "polynomial" and len(values) == 1 and values[0] >= 0:
-            return float((1 + staleness) ** -values[0])
-        if kind == "hinge" and len(values) == 2 and values[0] > 0:
-            return 1.0 if staleness <= values[1] else 1 / (values[0] * (staleness - values[1]) + 1)
-    except ValueError:
-        pass
-    raise ConfigError(f"staleness: got {rule!r}, expected 'constant', 'polynomial:A' or 'hinge:A:B'")
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a method asks of one client.
-
-    Attributes
-    ----------
-    spec : the sub-model it gets.
-    objective, settings : what it minimises.
-    """
-
-    spec: SubModelSpec = FULL
-    objective: str = "cross-entropy"
-    settings: Mapping[str, Scalar] = field(default_factory=dict)
-
-
-Listener = Callable[[dict[str, Any]], None]
-Evaluator = Callable[[State, Mapping[str, SubModelSpec]], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Everything a strategy needs to know about the run it serves.
-
-    Attributes
-    ----------
-    job : what clients are told about model, data and training.
-    layout, cost : of the global model.
-    loop : who, when and with what weight.
-    durations : of the simulated fleet; None in deployment.
-    evaluate : central evaluation of (state, family of named specs), every ``evaluate_every`` rounds; None for none.
-        The family is shown every ``family_every`` rounds.
-    evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
-    """
-
-    job: Job
-    layout: Layout
-    cost: CostModel
-    loop: LoopConfig = LoopConfig()
-    durations: DurationModel | None = None
-    evaluate: Evaluator | None = None
-    evaluate_clients: bool = False
-    evaluate_every: int = 1
-    family_every: int = 1
-    reply_timeout_s: float = 600.0
-
-
-@dataclass
-class Progress:
-    """Where the loop stands; what a checkpoint holds beside the method's own state."""
-
-    state: dict[str, torch.Tensor]
-    server_round: int = 0
-    global_version: int = 0
-    now_s: float = 0.0
-    next_dispatch: int = 0
-    last_dispatch: dict[int, int] = field(default_factory=dict)
-    held: list[Arrival] = field(default_factory=list)
 
 
 class SubModelStrategy(Strategy):
@@ -309,7 +192,8 @@ class SubModelStrategy(Strategy):
             return 0
         progress.state = merged.state
         progress.global_version += 1
-        self._log_merge(merged, server_round, exchange.now_s, cpu_s + time.process_time() - began)
+        cpu_s += time.process_time() - began
+        self.listen(merge_row(merged, server_round, progress.global_version, exchange.now_s, cpu_s))
         return merged.num_merged
 
     def _ask(self, exchange: Exchange, server_round: int) -> list[int]:
@@ -389,92 +273,19 @@ class SubModelStrategy(Strategy):
         entry, answer = arrival.entry, arrival.answer
         staleness = self.progress.global_version - entry.global_version
         if isinstance(answer, Failure):
-            return self._row(arrival, staleness, "failed", answer.reason)
+            return arrival_row(arrival, self.cost, staleness, "failed", answer.reason)
         if staleness > self.loop.max_staleness:
-            return self._row(arrival, staleness, "late", f"{staleness} versions old, {self.loop.max_staleness} allowed")
+            return arrival_row(
+                arrival, self.cost, staleness, "late", f"{staleness} versions old, {self.loop.max_staleness} allowed"
+            )
         try:
-            report = self._check(entry, answer)
+            report = check_report(answer, self.progress.state, self._extract(self.progress.state, entry.spec))
             mean.add(report.state, entry.spec, self.weigh(report, staleness), narrowed=self.narrow(entry, report))
         except ValueError as error:
-            return self._row(arrival, staleness, "rejected", str(error))
+            return arrival_row(arrival, self.cost, staleness, "rejected", str(error))
         self.observe(arrival, report)
         self.progress.last_dispatch[entry.partition_id] = entry.dispatch
-        return self._row(arrival, staleness, "merged", "")
-
-    def _check(self, entry: Entry, report: Report) -> Report:
-        """The report with dense values, or ``ValueError`` if it is unusable."""
-        numbers = {
-            "num-examples": report.num_examples,
-            "train-macs": report.train_macs,
-            "compute-s": report.compute_s,
-            "peak-memory-bytes": report.peak_memory_bytes,
-        }
-        for name, number in numbers.items():
-            if not (math.isfinite(number) and number >= 0):
-                raise ValueError(f"report: {name}: got {number}, expected a finite number >= 0")
-        for name, number in report.metrics.items():
-            if not math.isfinite(number):
-                raise ValueError(f"report: metric {name!r}: got {number}, expected a finite number")
-        for key, tensor in report.state.items():
-            expected = self.progress.state.get(key, tensor)
-            if tensor.is_complex() or tensor.is_floating_point() != expected.is_floating_point():
-                raise ValueError(f"report: entry {key!r} should be {expected.dtype}, got {tensor.dtype}")
-        if not report.is_delta:
-            return report
-        current = self._extract(self.progress.state, entry.spec)
-        delta = densify(report.state, current) if report.is_sparse else report.state
-        if delta.keys() - current.keys() or any(delta[k].shape != current[k].shape for k in delta):
-            raise ValueError("report: its update does not fit the sub-model that was sent")
-        # A stale answer is a step from where it started; taken from here, newer weights are not replaced.
-        values = {k: current[k] + d if d.is_floating_point() else d for k, d in delta.items()}
-        return replace(report, state=values, is_delta=False, is_sparse=False)
-
-    def _row(self, arrival: Arrival, staleness: int, status: str, reason: str) -> dict[str, Any]:
-        entry, duration = arrival.entry, arrival.duration
-        row: dict[str, Any] = {
-            "partition_id": entry.partition_id,
-            "status": status,
-            "reason": reason,
-            "global_version_sent": entry.global_version,
-            "staleness": staleness,
-            "start_s": entry.start_s,
-            "finish_s": arrival.finish_s,
-            "download_s": duration.download_s,
-            "compute_s": duration.compute_s,
-            "upload_s": duration.upload_s,
-            "update_time_s": duration.update_time_s,
-            "download_bytes": entry.download_bytes,
-            "upload_bytes": 0,
-            "retention_ratio": self.cost.retention_ratio(entry.spec),
-            "widths": entry.spec.widths(self.layout),
-            "depth": entry.spec.depth,
-        }
-        if isinstance(arrival.answer, Report):
-            report = arrival.answer
-            row |= {
-                "upload_bytes": sum(t.numel() * t.element_size() for t in report.state.values()),
-                "num_examples": report.num_examples,
-                "train_macs": report.train_macs,
-                "peak_memory_bytes": report.peak_memory_bytes,
-                "measured_compute_s": report.compute_s,
-                **{k: v for k, v in report.metrics.items() if k not in row},
-            }
-        return row
-
-    def _log_merge(self, merged: AggregateResult, server_round: int, time_s: float, cpu_s: float) -> None:
-        self.listen(
-            {
-                "event": "merge",
-                "server_round": server_round,
-                "global_version": self.progress.global_version,
-                "time_s": time_s,
-                "num_merged": merged.num_merged,
-                "n_star": merged.n_star,
-                "uncovered_ratio": merged.uncovered_ratio,
-                "coverage": {k: v / merged.num_merged for k, v in merged.mean_holders().items()},
-                "merge_cpu_s": cpu_s,
-            }
-        )
+        return arrival_row(arrival, self.cost, staleness, "merged", "")
 
     def warn(self, server_round: int, message: str) -> None:
         """Put a warning into the event log."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
-from strategies.base import Order, SubModelStrategy
+from strategies.base import SubModelStrategy
+from strategies.setting import Order
 from wire.flat import require
 
 

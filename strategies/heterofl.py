@@ -15,8 +15,9 @@ import numpy as np
 
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
-from strategies.base import Order, SubModelStrategy
+from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
+from strategies.setting import Order
 from wire.flat import require
 from wire.message import Report
 

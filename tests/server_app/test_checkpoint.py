@@ -12,8 +12,8 @@ import torch
 from fleet.clock import Duration
 from pruning.spec import SubModelSpec
 from server_app.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from strategies.base import Progress
 from strategies.exchange import Arrival, Entry
+from strategies.setting import Progress
 from wire.message import Failure, Report
 
 SPEC = SubModelSpec.of({"a": [0, 3, 5]}, depth=2)

@@ -18,7 +18,7 @@ from pruning.rates import ClientRate
 from pruning.spec import SubModelSpec
 from strategies import AdaptCL
 from strategies.adaptcl import AdaptCLConfig
-from strategies.base import Progress, Setting
+from strategies.setting import Progress, Setting
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
 from wire.message import DataConfig, Instruction, Job, ModelConfig, Report, TrainConfig

@@ -17,9 +17,10 @@ from fleet.fleet import Fleet, make_fleet
 from pruning.cost import measure_costs
 from pruning.spec import FULL
 from strategies import FedAvg
-from strategies.base import LoopConfig, RunStoppedError, Setting, staleness_weight
+from strategies.base import RunStoppedError
 from strategies.exchange import Arrival, Entry, Exchange
 from strategies.fedavg import FedAvgConfig
+from strategies.setting import LoopConfig, Setting, staleness_weight
 from tests.runs import final_state, select, tiny_run
 from wire.flat import ConfigError
 from wire.local import LocalTransport

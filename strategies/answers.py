@@ -1,0 +1,107 @@
+"""Answers of clients: checked before they touch the model, and written down as rows of the event log."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from pruning.compress import densify
+from pruning.cost import CostModel
+from pruning.merge import AggregateResult
+from strategies.exchange import Arrival
+from wire.message import Report, State, state_bytes
+
+
+class ReportError(ValueError):
+    """A report holds numbers or tensors that cannot be right."""
+
+
+def check_report(report: Report, state: State, sent: State) -> Report:
+    """Return the report with dense values, ready to be merged.
+
+    Parameters
+    ----------
+    state : the global model.
+    sent : the client's part of it, as it is now.
+
+    Raises
+    ------
+    ReportError, CompressionError
+        If a number is not finite or negative, an entry has another kind of numbers, or an update does not fit.
+    """
+    numbers = {
+        "num-examples": report.num_examples,
+        "train-macs": report.train_macs,
+        "compute-s": report.compute_s,
+        "peak-memory-bytes": report.peak_memory_bytes,
+    }
+    for name, number in numbers.items():
+        if not (math.isfinite(number) and number >= 0):
+            raise ReportError(f"report: {name}: got {number}, expected a finite number >= 0")
+    for name, number in report.metrics.items():
+        if not math.isfinite(number):
+            raise ReportError(f"report: metric {name!r}: got {number}, expected a finite number")
+    for key, tensor in report.state.items():
+        expected = state.get(key, tensor)
+        if tensor.is_complex() or tensor.is_floating_point() != expected.is_floating_point():
+            raise ReportError(f"report: entry {key!r} should be {expected.dtype}, got {tensor.dtype}")
+    if not report.is_delta:
+        return report
+    delta = densify(report.state, sent) if report.is_sparse else report.state
+    if delta.keys() - sent.keys() or any(delta[key].shape != sent[key].shape for key in delta):
+        raise ReportError("report: its update does not fit the sub-model that was sent")
+    # A stale answer is a step from where it started; taken from here, newer weights are not replaced.
+    values = {key: sent[key] + d if d.is_floating_point() else d for key, d in delta.items()}
+    return replace(report, state=values, is_delta=False, is_sparse=False)
+
+
+def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, reason: str) -> dict[str, Any]:
+    """What the event log keeps of one answer."""
+    entry, duration = arrival.entry, arrival.duration
+    row: dict[str, Any] = {
+        "partition_id": entry.partition_id,
+        "status": status,
+        "reason": reason,
+        "global_version_sent": entry.global_version,
+        "staleness": staleness,
+        "start_s": entry.start_s,
+        "finish_s": arrival.finish_s,
+        "download_s": duration.download_s,
+        "compute_s": duration.compute_s,
+        "upload_s": duration.upload_s,
+        "update_time_s": duration.update_time_s,
+        "download_bytes": entry.download_bytes,
+        "upload_bytes": 0,
+        "retention_ratio": cost.retention_ratio(entry.spec),
+        "widths": entry.spec.widths(cost.layout),
+        "depth": entry.spec.depth,
+    }
+    if isinstance(arrival.answer, Report):
+        report = arrival.answer
+        row |= {
+            "upload_bytes": state_bytes(report.state),
+            "num_examples": report.num_examples,
+            "train_macs": report.train_macs,
+            "peak_memory_bytes": report.peak_memory_bytes,
+            "measured_compute_s": report.compute_s,
+            **{name: value for name, value in report.metrics.items() if name not in row},
+        }
+    return row
+
+
+def merge_row(
+    merged: AggregateResult, server_round: int, global_version: int, time_s: float, cpu_s: float
+) -> dict[str, Any]:
+    """What the event log keeps of one merge."""
+    return {
+        "event": "merge",
+        "server_round": server_round,
+        "global_version": global_version,
+        "time_s": time_s,
+        "num_merged": merged.num_merged,
+        "n_star": merged.n_star,
+        "uncovered_ratio": merged.uncovered_ratio,
+        "coverage": {key: mean / merged.num_merged for key, mean in merged.mean_holders().items()},
+        "merge_cpu_s": cpu_s,
+    }

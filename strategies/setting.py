@@ -1,0 +1,132 @@
+"""What a strategy is told, and what it answers: the loop's settings, the run, orders to clients, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fleet.clock import DurationModel
+from pruning.cost import CostModel
+from pruning.groups import Layout
+from pruning.spec import FULL, SubModelSpec
+from strategies.exchange import Arrival
+from wire.flat import ConfigError, Scalar, require
+from wire.message import Job, State
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Who is asked, when a round closes, and what late answers count. Three independent choices.
+
+    Attributes
+    ----------
+    clients_per_round : free clients asked at the start of a round; 0 for all.
+    quorum : close the round at this many merged answers; 0 waits for everybody.
+    deadline_s : or after this long with at least one; 0 for none.
+    max_staleness : answers older than this many global versions are dropped.
+    staleness : weight of an answer s versions old: ``constant``, ``polynomial:A`` ((1 + s)^-A) or ``hinge:A:B``
+        (1 while s <= B, then 1 / (A (s - B) + 1)) (Xie et al. 2019, section 5.2).
+    mixing_rate : share of the merge that the global model takes over, in (0, 1].
+    max_empty_rounds : stop after this many rounds in a row without a usable answer.
+    """
+
+    clients_per_round: int = 0
+    quorum: int = 0
+    deadline_s: float = 0.0
+    max_staleness: int = 0
+    staleness: str = "constant"
+    mixing_rate: float = 1.0
+    max_empty_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(self.clients_per_round >= 0, "clients-per-round", self.clients_per_round, ">= 0")
+        require(self.quorum >= 0, "quorum", self.quorum, ">= 0")
+        require(self.deadline_s >= 0, "deadline-s", self.deadline_s, ">= 0")
+        require(self.max_staleness >= 0, "max-staleness", self.max_staleness, ">= 0")
+        require(0 < self.mixing_rate <= 1, "mixing-rate", self.mixing_rate, "in (0, 1]")
+        require(self.max_empty_rounds >= 1, "max-empty-rounds", self.max_empty_rounds, ">= 1")
+        staleness_weight(self.staleness, 0)
+
+    @property
+    def is_barrier(self) -> bool:
+        """Whether every round waits for everybody it asked."""
+        return self.quorum == 0 and self.deadline_s == 0
+
+
+def staleness_weight(rule: str, staleness: int) -> float:
+    """Weight of an answer ``staleness`` versions old under a rule of ``LoopConfig.staleness``."""
+    kind, *numbers = rule.split(":")
+    try:
+        values = [float(number) for number in numbers]
+        if kind == "constant" and not values:
+            return 1.0
+        if kind == "polynomial" and len(values) == 1 and values[0] >= 0:
+            return float((1 + staleness) ** -values[0])
+        if kind == "hinge" and len(values) == 2 and values[0] > 0:
+            return 1.0 if staleness <= values[1] else 1 / (values[0] * (staleness - values[1]) + 1)
+    except ValueError:
+        pass
+    raise ConfigError(f"staleness: got {rule!r}, expected 'constant', 'polynomial:A' or 'hinge:A:B'")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a method asks of one client.
+
+    Attributes
+    ----------
+    spec : the sub-model it gets.
+    objective, settings : what it minimises.
+    """
+
+    spec: SubModelSpec = FULL
+    objective: str = "cross-entropy"
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+Listener = Callable[[dict[str, Any]], None]
+Evaluator = Callable[[State, Mapping[str, SubModelSpec]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything a strategy needs to know about the run it serves.
+
+    Attributes
+    ----------
+    job : what clients are told about model, data and training.
+    layout, cost : of the global model.
+    loop : who, when and with what weight.
+    durations : of the simulated fleet; None in deployment.
+    evaluate : central evaluation of (state, family of named specs), every ``evaluate_every`` rounds; None for none.
+        The family is shown every ``family_every`` rounds.
+    evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
+    """
+
+    job: Job
+    layout: Layout
+    cost: CostModel
+    loop: LoopConfig = LoopConfig()
+    durations: DurationModel | None = None
+    evaluate: Evaluator | None = None
+    evaluate_clients: bool = False
+    evaluate_every: int = 1
+    family_every: int = 1
+    reply_timeout_s: float = 600.0
+
+
+@dataclass
+class Progress:
+    """Where the loop stands; what a checkpoint holds beside the method's own state."""
+
+    state: dict[str, torch.Tensor]
+    server_round: int = 0
+    global_version: int = 0
+    now_s: float = 0.0
+    next_dispatch: int = 0
+    last_dispatch: dict[int, int] = field(default_factory=dict)
+    held: list[Arrival] = field(default_factory=list)
