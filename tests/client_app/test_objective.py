@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from client_app.objective import Loss, ObjectiveError, Task, make_objective
-from pruning.spec import FULL
+from pruning.extract import extract, resize
+from pruning.spec import FULL, SubModelSpec
+from wire.grid import spec_to_json
 from wire.message import TrainConfig
 from zoo import get_model
 
@@ -91,3 +95,42 @@ def test_training_under_a_regulariser_shrinks_what_it_punishes(norm):
 def test_an_unknown_objective_names_the_nearest():
     with pytest.raises(ObjectiveError, match=r"'cross-entrophy' is not known here.*did you mean 'cross-entropy'\?"):
         loss_of(task_of(), "cross-entrophy")
+
+
+def nested_task(kept: dict[str, list[int]]) -> tuple[Task, SubModelSpec]:
+    core = SubModelSpec.of(kept)
+    with torch.device("meta"):
+        blueprint, _ = get_model("cnn", 10, 1, 8, width=0.25)
+    task = task_of(settings={"core": spec_to_json(core), "temperature": 2.0})
+    return replace(task, full=blueprint), core
+
+
+@pytest.mark.parametrize("units", [[0, 1, 2], [1, 4, 6]], ids=["contiguous", "scattered"])
+def test_nested_adds_the_cores_loss_and_its_distance_to_the_wide_models_logits(units):
+    task, core = nested_task({"stage1": units})
+    loss, logits = loss_of(task, "nested")(*BATCH)
+    small = resize(task.model, task.layout, core).train()
+    small.load_state_dict(extract(task.model.state_dict(), task.layout, core))
+    core_logits = small(BATCH[0])
+    teacher, student = functional.softmax(logits / 2, 1), functional.log_softmax(core_logits / 2, 1)
+    distance = (teacher * (teacher.log() - student)).sum(1).mean()
+    expected = functional.cross_entropy(logits, BATCH[1]) + functional.cross_entropy(core_logits, BATCH[1])
+    torch.testing.assert_close(loss, expected + 4 * distance, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("units", [[0, 1, 2], [1, 4, 6]], ids=["contiguous", "scattered"])
+def test_the_cores_pass_leaves_the_running_statistics_of_the_sub_model_alone(units):
+    task, _ = nested_task({"stage1": units})
+    alone = task_of()
+    loss_of(task, "nested")(*BATCH)
+    loss_of(alone)(*BATCH)
+    theirs = alone.model.state_dict()
+    for key, tensor in task.model.state_dict().items():
+        assert torch.equal(tensor, theirs[key]), key
+
+
+def test_nested_reports_the_core_as_extra_work_and_a_client_that_holds_just_the_core_has_none():
+    task, core = nested_task({"stage1": [0, 1]})
+    (extra,) = make_objective("nested", task).extra
+    assert sum(p.numel() for p in extra.parameters()) < sum(p.numel() for p in task.model.parameters())
+    assert make_objective("nested", replace(task, spec=core)).extra == ()

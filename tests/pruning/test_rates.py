@@ -83,6 +83,35 @@ def test_regrow_widens_a_client_that_became_fast():
     assert 0.5 < grown <= 0.75
 
 
+def test_growing_aligns_everybody_with_the_slowest_at_the_floor():
+    params = RateParams(direction="grow", min_retention_ratio=0.2, min_timed_rounds=2)
+    rng, base, ratios, state = np.random.default_rng(0), np.linspace(1, 5, 10), np.full(10, 0.2), {}
+    total = 0.0
+    for server_round in range(1, 41):
+        times = base * ratios * (1 + 0.02 * rng.standard_normal(10))
+        total += times.max()
+        for client in range(10):
+            state = record_time(state, client, float(times[client]), first_ratio=0.2)
+        if server_round % 2 == 0:
+            state, decision = update_rates(state, params)
+            assert decision.reference == 9
+            ratios = np.array([state[client].retention_ratio for client in range(10)])
+    assert (np.abs(base * ratios - 1) < 0.1).all()
+    assert total < 1.1 * 40  # never longer than the slowest at the floor would take, noise aside
+
+
+def test_the_learner_believes_in_the_ratio_that_a_client_really_gets():
+    def steps(client, ratio):
+        return np.floor(ratio * 4) / 4
+
+    state = {0: ClientRate(times_s=(1.0,) * 4), 1: ClientRate(times_s=(1.6,) * 4)}
+    updated, decision = update_rates(state, TIMING, steps)
+    assert updated[1].retention_ratio == 0.5
+    assert decision.changed == (1,)
+    again = {**updated, 1: replace(updated[1], times_s=(1.04,) * 4)}
+    assert update_rates({**again, 0: state[0]}, TIMING, steps)[1].changed == ()
+
+
 def test_slack_raises_the_target():
     state = {0: ClientRate(times_s=(1.0,) * 4), 1: ClientRate(times_s=(1.4,) * 4)}
     assert update_rates(state, replace(TIMING, slack=0.5))[1].changed == ()

@@ -21,6 +21,7 @@ from strategies.adaptcl import AdaptCLConfig
 from strategies.setting import Progress, Setting
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
+from wire.grid import spec_from_json
 from wire.message import DataConfig, Instruction, Job, ModelConfig, Report, TrainConfig
 from zoo import get_model
 
@@ -92,6 +93,37 @@ def test_nobody_is_pruned_among_equals(tmp_path):
     assert all(set(decision["rates"].values()) == {1.0} for decision in select(rows, "decision"))
     tiny_run(tmp_path / "fedavg", strategy="fedavg", num_rounds=8, fleet__name="uniform")
     assert equal_states(final_state(tmp_path / "run"), final_state(tmp_path / "fedavg"))
+
+
+def test_growing_starts_everybody_at_the_floor_and_never_takes_longer_than_the_slowest(tmp_path):
+    settings = {"adaptcl.rates.direction": "grow", "num-rounds": 12, "fleet.noise": 0.0}
+    rows, sent = run_with_specs(tmp_path / "run", **settings)
+    assert len(set(sent[1].values())) == 1
+    times = {pid: [r["update_time_s"] for r in select(rows, "arrival", partition_id=pid)] for pid in sent[1]}
+    slowest = max(times, key=lambda pid: times[pid][0])
+    assert {decision["reference"] for decision in select(rows, "decision")} == {slowest}
+    assert {specs[slowest] for specs in sent.values()} == {sent[1][slowest]}
+    assert all(times[pid][-1] <= 1.06 * times[slowest][-1] for pid in times)
+    ratios = select(rows, "decision")[-1]["rates"]
+    assert max(ratios.values()) > 2 * ratios[str(slowest)]
+
+
+def test_the_nested_objective_trains_the_smallest_sub_model_in_use_inside_every_other(tmp_path):
+    asked = []
+
+    def spy(instruction: Instruction) -> Report:
+        asked.append(instruction)
+        return handle(instruction)
+
+    tiny_run(tmp_path / "run", spy, **ADAPTCL, **{"adaptcl.local-objective": "nested"})
+    assert {i.objective for i in asked if i.server_round <= 2} == {"cross-entropy"}
+    late = [i for i in asked if i.server_round == 8]
+    cores = {i.settings["core"] for i in late}
+    assert len(cores) == 1
+    core = spec_from_json(cores.pop())
+    assert core in {i.spec for i in late}
+    _, layout = get_model("mlp", 10, 1, 8)
+    assert all(core.is_subset_of(i.spec, layout) for i in late)
 
 
 @pytest.mark.parametrize("aggregation", ["by-worker", "by-unit", "by-worker-residual", "by-coverage"])
