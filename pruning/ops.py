@@ -87,6 +87,11 @@ def trace_ops(model: nn.Module, example: Tensor) -> Trace:
 class _Watch(TorchDispatchMode):
     """Notes the operators that are called while it is active."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; True, the default of newer versions, loads the compiler: 2 s and 80 MB a process."""
+        return False
+
     def __init__(self, model: nn.Module, batch: int) -> None:
         super().__init__()
         self.trace, self.paths, self._batch = Trace(), [""], batch
