@@ -89,7 +89,7 @@ class _Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; True, the default of newer versions, loads the compiler: 2 s and 80 MB a process."""
+        """Nothing is compiled here; True, newer versions' default, loads the compiler: 2 s and 80 MB a process."""
         return False
 
     def __init__(self, model: nn.Module, batch: int) -> None:
