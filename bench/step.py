@@ -138,6 +138,6 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Weights decay to denormal numbers, which cost either rival at random. A setting of the whole process: not in main().
+    # Denormal numbers cost either rival at random. A setting of the whole process, therefore not in main().
     torch.set_flush_denormal(True)
     main()
