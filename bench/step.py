@@ -119,7 +119,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--budget-s", type=float, default=6.0, help="seconds per comparison (default 6)")
     arguments = parser.parse_args()
     names, widths = arguments.models or list(model_names()), WIDTHS
-    arguments.image_size, arguments.least = 32, 5
+    arguments.image_size, arguments.least = 32, 4
     if arguments.quick:
         names, widths = arguments.models or ["cnn", "resnet8"], (0.5,)
         arguments.image_size, arguments.least, arguments.budget_s = 16, 3, 0.2
@@ -129,7 +129,7 @@ def main() -> dict[str, Any]:
     for name in names:
         rows += measure(name, widths, arguments)
         print_table(f"{name}: one training step, batch {BATCH}, one thread", [r for r in rows if r["model"] == name])
-    rounded = [] if arguments.quick or arguments.models else rounding(arguments)
+    rounded = [] if arguments.quick else rounding(arguments)
     print_table("ResNet-18 with widths rounded up to multiples of 8", rounded)
     worst = max(row["ratio"] for row in rows)
     above = [f"{row['model']} at {row['width']:g}" for row in rows if row["ratio"] > RATIO_BOUND]
