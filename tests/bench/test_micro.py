@@ -67,11 +67,3 @@ def test_the_nets_written_by_hand_compute_what_the_zoo_models_do(name, build):
     for key, tensor in theirs.items():
         assert of_shape[tensor.shape], key
     assert by_hand(torch.zeros(2, 3, 32, 32)).shape == model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-
-
-@pytest.mark.slow
-def test_the_grid_is_measured_beside_the_local_transport(monkeypatch, capsys):
-    _, record = run("engine", monkeypatch, capsys, "--quick", "--grid")
-    local, grid = record["results"]["rows"][0], record["results"]["rows"][-1]
-    assert grid["transport"] == "GridTransport"
-    assert grid["cpu_ms"] > local["cpu_ms"]
