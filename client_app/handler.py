@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.data import Examples, client_examples, load_images
-from client_app.objective import Objective, Task, last_logits, make_objective
+from client_app.objectives import Objective, Task, last_logits, make_objective
 from client_app.store import ClientStore
 from pruning.compress import sparsify
 from pruning.cost import measure_costs
-from pruning.extract import embed, extract, resize
+from pruning.extract import embed, extract, narrow, resize, shapes_of
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
-from wire.message import Instruction, ModelConfig, Report, TrainConfig
+from wire.message import Instruction, Job, ModelConfig, Report, State, TrainConfig
 from zoo import get_model, model_names
 
 META = torch.device("meta")
@@ -42,39 +45,69 @@ def handle(instruction: Instruction) -> Report:
     data = load_images(job.data)
     device = pick_device(job.train)
     shape = (train.x.shape[1], train.x.shape[2], train.x.shape[3])
-    model, layout, macs = sub_model(job.model, data.num_classes, shape, instruction.spec)
-    model = load(model, instruction).to(device)
+    store = ClientStore(job.store_dir, instruction.partition_id)
+    memory = store.load(instruction.last_dispatch)
+    blank, layout, macs = sub_model(job.model, data.num_classes, shape, instruction.spec)
+    full, _ = full_model(job.model, data.num_classes, shape)
+    task = Task(
+        model=load(blank, instruction).to(device).train(),
+        layout=layout,
+        train=job.train,
+        settings=instruction.settings,
+        label_counts=torch.bincount(train.y, minlength=data.num_classes).to(device),
+        spec=instruction.spec,
+        full=full,
+        companions={key: tensor.to(device) for key, tensor in instruction.companions.items()},
+        memory=memory.get("objective", {}),
+        examples=train.to(device) if instruction.action == "train" else None,
+        learning_rate=learning_rate(job.train, instruction.server_round, job.num_rounds),
+        generator=torch.Generator().manual_seed(
+            hash((job.seed, instruction.partition_id, instruction.dispatch)) % 2**63
+        ),
+    )
     if instruction.action == "evaluate":
         if len(test) == 0:
             raise TrainingError(f"client {instruction.partition_id} has no test example; raise data.min-size")
-        metrics = evaluate(model, test.to(device))
+        objective = make_objective(instruction.objective, task)
+        metrics = evaluate(objective.model, test.to(device), predict=objective.predict)
         return Report(instruction.dispatch, instruction.partition_id, {}, len(test), metrics=metrics)
-    counts = torch.bincount(train.y, minlength=data.num_classes)
-    full, _ = full_model(job.model, data.num_classes, shape)
-    task = Task(model.train(), layout, job.train, instruction.settings, counts.to(device), instruction.spec, full)
+    if len(train) == 0:
+        raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
+    torch.manual_seed(int(torch.randint(2**62, (1,), generator=task.generator)))
     began = time.perf_counter()
     objective = make_objective(instruction.objective, task)
-    macs += sum(train_macs_of(network, shape) for network in objective.extra)
-    metrics, memory_bytes, num_seen = fit(task, objective, instruction, train.to(device))
+    fitted = fit(task, objective, train.to(device))
+    if not math.isfinite(fitted.metrics["loss"]):
+        raise TrainingError(
+            f"client {instruction.partition_id}: the loss became {fitted.metrics['loss']}; lower the learning rate"
+        )
+    findings = objective.finish(fitted.num_steps)
     compute_s = time.perf_counter() - began
-    state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
-    sent, is_sparse = state, False
+    macs += sum(train_macs_of(network, shape) for network in objective.extra)
+    state = {key: tensor.detach().cpu().clone() for key, tensor in objective.model.state_dict().items()}
+    sent, remembered = state, {"objective": dict(findings.memory)} if findings.memory else {}
     if instruction.wants_delta:
-        sent = {k: t - instruction.state[k] if t.is_floating_point() else t for k, t in state.items()}
+        sent = difference(state, instruction, findings.narrowed, layout, full)
     if job.compression.kind == "dgc":
-        sent, is_sparse = compress(instruction, sent, layout, data.num_classes, shape), True
+        held = findings.narrowed or instruction.spec
+        sent, remembered["compression"] = compress(sent, memory.get("compression", {}), job, held, layout, full)
+    if remembered:
+        store.save(instruction.dispatch, instruction.last_dispatch, remembered)
     return Report(
         dispatch=instruction.dispatch,
         partition_id=instruction.partition_id,
         state=sent,
         num_examples=len(train),
-        label_counts=tuple(int(c) for c in counts),
-        train_macs=float(macs * num_seen),
+        label_counts=tuple(int(c) for c in task.label_counts),
+        train_macs=float(macs * fitted.num_seen) if findings.train_macs is None else findings.train_macs,
         compute_s=compute_s,
-        peak_memory_bytes=memory_bytes,
-        metrics=metrics,
+        peak_memory_bytes=fitted.memory_bytes,
+        metrics={**fitted.metrics, **findings.metrics},
         is_delta=instruction.wants_delta,
-        is_sparse=is_sparse,
+        is_sparse=job.compression.kind == "dgc",
+        narrowed=findings.narrowed,
+        companions={key: tensor.detach().cpu() for key, tensor in findings.companions.items()},
+        num_steps=fitted.num_steps,
     )
 
 
@@ -116,43 +149,48 @@ def load(model: nn.Module, instruction: Instruction) -> nn.Module:
     return loaded
 
 
-def fit(
-    task: Task, objective: Objective, instruction: Instruction, train: Examples
-) -> tuple[dict[str, float], int, int]:
-    """Train on ``train``; returns metrics of the whole round, peak memory in bytes, and examples seen."""
-    config, job = task.train, instruction.job
-    if len(train) == 0:
-        raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
-    generator = torch.Generator().manual_seed(hash((job.seed, instruction.partition_id, instruction.dispatch)) % 2**63)
-    torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+@dataclass(frozen=True)
+class Fitted:
+    """What training came to: metrics over all batches, peak memory in bytes, examples seen, steps made."""
+
+    metrics: dict[str, float]
+    memory_bytes: int
+    num_seen: int
+    num_steps: int
+
+
+def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
+    """Train on ``train``."""
+    config = task.train
+    parameters = [*objective.model.parameters(), *objective.beside]
     optimizer = torch.optim.SGD(
-        task.model.parameters(),
-        lr=learning_rate(config, instruction.server_round, job.num_rounds),
+        parameters,
+        lr=task.learning_rate,
         momentum=config.momentum,
         nesterov=config.nesterov and config.momentum > 0,
         weight_decay=config.weight_decay,
     )
-    meter = MemoryMeter(task.model, config.momentum > 0)
-    total_loss, num_correct, num_seen = 0.0, 0, 0
+    meter = MemoryMeter(objective.model, config.momentum > 0)
+    total_loss, num_correct, num_seen, num_steps = 0.0, 0, 0, 0
     for _ in range(config.local_epochs):
-        for index in batches(len(train), config.batch_size, generator):
+        for index in batches(len(train), config.batch_size, task.generator):
             x, y = train.batch(index)
             if config.augment == "flip-shift":
-                x = flip_shift(x, generator)
+                x = flip_shift(x, task.generator)
             with meter:
                 loss, logits = objective.loss(x, y)
             optimizer.zero_grad()
             loss.backward()
+            objective.correct()
             if config.max_grad_norm:
-                nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm)
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             total_loss += float(loss.detach()) * len(y)
             num_correct += int((logits.argmax(1) == y).sum())
             num_seen += len(y)
-    mean_loss = total_loss / num_seen
-    if not total_loss == total_loss or abs(total_loss) == float("inf"):
-        raise TrainingError(f"client {instruction.partition_id}: the loss became {mean_loss}; lower the learning rate")
-    return {"loss": mean_loss, "accuracy": num_correct / num_seen}, meter.peak_bytes, num_seen
+            num_steps += 1
+    metrics = {"loss": total_loss / num_seen, "accuracy": num_correct / num_seen}
+    return Fitted(metrics, meter.peak_bytes, num_seen, num_steps)
 
 
 def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
@@ -183,42 +221,47 @@ def flip_shift(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: Examples, batch_size: int = 256) -> dict[str, float]:
-    """Mean loss and accuracy on ``examples``."""
+def evaluate(
+    model: nn.Module, examples: Examples, batch_size: int = 256, predict: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, float]:
+    """Mean loss and accuracy on ``examples``; of the model's deepest exit, or of what ``predict`` makes of images."""
     model.eval()
+    predict = predict or (lambda x: last_logits(model(x)))
     total_loss, num_correct = 0.0, 0
     for start in range(0, len(examples), batch_size):
         x, y = examples.batch(slice(start, start + batch_size))
-        logits = last_logits(model(x))
+        logits = predict(x)
         total_loss += float(functional.cross_entropy(logits, y, reduction="sum"))
         num_correct += int((logits.argmax(1) == y).sum())
     return {"loss": total_loss / len(examples), "accuracy": num_correct / len(examples)}
 
 
-def compress(
-    instruction: Instruction, delta: dict[str, Tensor], layout: Layout, num_classes: int, shape: tuple[int, int, int]
+def difference(
+    state: State, instruction: Instruction, narrowed: SubModelSpec | None, layout: Layout, full: nn.Module
 ) -> dict[str, Tensor]:
+    """What training changed; integer buffers as they are."""
+    start = instruction.state
+    if narrowed is not None:
+        start = narrow(start, layout, instruction.spec, narrowed, shapes_of(full.state_dict()))
+    return {k: t - start[k] if t.is_floating_point() else t for k, t in state.items()}
+
+
+def compress(
+    delta: dict[str, Tensor], memory: Mapping[str, Any], job: Job, spec: SubModelSpec, layout: Layout, full: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Send the largest entries of the update and remember the rest, in the coordinates of the present sub-model."""
-    job = instruction.job
-    store = ClientStore(job.store_dir, instruction.partition_id)
-    memory = store.load(instruction.last_dispatch)
     velocity: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
     if memory:
         before = SubModelSpec(tuple((n, tuple(u)) for n, u in memory["kept"]), memory["depth"])
-        full, _ = full_model(job.model, num_classes, shape)
         blank = {k: torch.zeros(t.shape) for k, t in full.state_dict().items() if t.dim() > 1}
         velocity, residual = (
-            extract(embed(memory[name], layout, before, blank)[0], layout, instruction.spec)
-            if before != instruction.spec
-            else memory[name]
+            extract(embed(memory[name], layout, before, blank)[0], layout, spec) if before != spec else memory[name]
             for name in ("velocity", "residual")
         )
     sparse, velocity, residual = sparsify(delta, velocity, residual, job.compression.density, job.compression.momentum)
-    kept = [[name, list(units)] for name, units in instruction.spec.kept]
-    memory = {"kept": kept, "depth": instruction.spec.depth, "velocity": velocity, "residual": residual}
-    store.save(instruction.dispatch, instruction.last_dispatch, memory)
-    return sparse
+    kept = [[name, list(units)] for name, units in spec.kept]
+    return sparse, {"kept": kept, "depth": spec.depth, "velocity": velocity, "residual": residual}
 
 
 def pick_device(config: TrainConfig) -> torch.device:

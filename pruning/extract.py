@@ -122,6 +122,19 @@ def extract(state: State, layout: Layout, spec: SubModelSpec) -> dict[str, Tenso
     return {key: gather(state[key], kept).contiguous() for key, kept in chosen.positions.items()}
 
 
+def narrow(sub_state: State, layout: Layout, spec: SubModelSpec, narrowed: SubModelSpec, shapes: Shapes) -> State:
+    """Cut a part out of a sub-model.
+
+    Parameters
+    ----------
+    sub_state : entries of ``spec``; those that it lacks are left out.
+    narrowed : a part of ``spec``.
+    shapes : of the full state dict.
+    """
+    outer, inner = (selection(layout, item, shapes).positions for item in (spec, narrowed))
+    return {key: gather(sub_state[key], relative(outer[key], kept)) for key, kept in inner.items() if key in sub_state}
+
+
 def embed(
     sub_state: State, layout: Layout, spec: SubModelSpec, like: State
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

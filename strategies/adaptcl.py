@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pruning.importance import METHODS, score_units
-from pruning.merge import MergeRule, coverage_mean, everybody_mean, holders_mean, residual_mean
+from pruning.merge import AggregateResult, MaskedMean, coverage_mean, everybody_mean, holders_mean, residual_mean
 from pruning.rates import ClientRate, RateDecision, RateParams, RateState, record_time, update_rates
 from pruning.select import NestedFamily, nested_family
 from pruning.spec import SubModelSpec
@@ -98,7 +98,7 @@ class AdaptCL(SubModelStrategy):
         """Decide the rates when it is time; then everybody trains the member of the family that its rate names."""
         if server_round > 1 and (server_round - 1) % self.config.pruning_interval == 0:
             self._decide(server_round)
-        specs = {pid: self.evaluation_spec(pid) for pid in clients}
+        specs = {pid: self._spec_of(pid) for pid in clients}
         if self.config.local_objective == "plain" or self._scores is None or not self.config.identical:
             return {pid: Order(spec) for pid, spec in specs.items()}
         ratios = [client.retention_ratio for client in self._rates.values()]
@@ -111,19 +111,19 @@ class AdaptCL(SubModelStrategy):
         pid = arrival.entry.partition_id
         self._rates = record_time(self._rates, pid, arrival.duration.update_time_s, self._first_ratio(pid))
 
-    def merge_rule(self) -> MergeRule:
-        """The configured aggregation."""
-        return {
+    def merge(self, mean: MaskedMean) -> AggregateResult:
+        """Under the configured aggregation."""
+        rule = {
             "by-unit": holders_mean,
             "by-worker": everybody_mean,
             "by-worker-residual": residual_mean,
             "by-coverage": coverage_mean(self.config.coverage_threshold),
         }[self.config.aggregation]
+        return mean.finalize(self.loop.mixing_rate, rule)
 
-    def evaluation_spec(self, partition_id: int) -> SubModelSpec:
+    def evaluation_order(self, partition_id: int) -> Order:
         """The sub-model of the client's present rate."""
-        ratio = self._rates.get(partition_id, ClientRate(self._first_ratio(partition_id))).retention_ratio
-        return SubModelSpec() if ratio >= 1 or self._scores is None else self._family_of(partition_id).member(ratio)
+        return Order(self._spec_of(partition_id))
 
     def family(self) -> dict[str, SubModelSpec]:
         """One member for each rate in use."""
@@ -131,6 +131,10 @@ class AdaptCL(SubModelStrategy):
         if self._scores is None or not self.config.identical:
             return {}
         return {f"{ratio:.2f}": self._family_of(0).member(ratio) for ratio in ratios if ratio < 1}
+
+    def _spec_of(self, partition_id: int) -> SubModelSpec:
+        ratio = self._rates.get(partition_id, ClientRate(self._first_ratio(partition_id))).retention_ratio
+        return SubModelSpec() if ratio >= 1 or self._scores is None else self._family_of(partition_id).member(ratio)
 
     def _decide(self, server_round: int) -> None:
         if self._scores is None or self.config.order == "refreshed":

@@ -8,13 +8,30 @@ from typing import Any
 
 from pruning.compress import densify
 from pruning.cost import CostModel
-from pruning.merge import AggregateResult
+from pruning.groups import Layout
+from pruning.merge import AggregateResult, is_finite
+from pruning.spec import SubModelSpec
 from strategies.exchange import Arrival
-from wire.message import Report, State, state_bytes
+from wire.message import Report, State, payload_bytes
 
 
 class ReportError(ValueError):
     """A report holds numbers or tensors that cannot be right."""
+
+
+def check_narrowed(report: Report, spec: SubModelSpec, layout: Layout) -> SubModelSpec:
+    """Return what of the model the report is about: the spec that was sent, or a part of it.
+
+    Raises
+    ------
+    ReportError
+        If it is not a part of what was sent.
+    """
+    if report.narrowed is None:
+        return spec
+    if not report.narrowed.is_subset_of(spec, layout):
+        raise ReportError("report: its narrower spec is not part of the spec that was sent")
+    return report.narrowed
 
 
 def check_report(report: Report, state: State, sent: State) -> Report:
@@ -34,6 +51,7 @@ def check_report(report: Report, state: State, sent: State) -> Report:
         "num-examples": report.num_examples,
         "train-macs": report.train_macs,
         "compute-s": report.compute_s,
+        "num-steps": report.num_steps,
         "peak-memory-bytes": report.peak_memory_bytes,
     }
     for name, number in numbers.items():
@@ -42,6 +60,9 @@ def check_report(report: Report, state: State, sent: State) -> Report:
     for name, number in report.metrics.items():
         if not math.isfinite(number):
             raise ReportError(f"report: metric {name!r}: got {number}, expected a finite number")
+    for key, tensor in report.companions.items():
+        if not is_finite(tensor):
+            raise ReportError(f"report: companion {key!r} holds NaN or infinity")
     for key, tensor in report.state.items():
         expected = state.get(key, tensor)
         if tensor.is_complex() or tensor.is_floating_point() != expected.is_floating_point():
@@ -80,7 +101,7 @@ def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, 
     if isinstance(arrival.answer, Report):
         report = arrival.answer
         row |= {
-            "upload_bytes": state_bytes(report.state),
+            "upload_bytes": payload_bytes(report),
             "num_examples": report.num_examples,
             "train_macs": report.train_macs,
             "peak_memory_bytes": report.peak_memory_bytes,

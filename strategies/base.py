@@ -20,9 +20,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from pruning.extract import extract
-from pruning.merge import MaskedMean, MergeRule, holders_mean, is_finite
-from pruning.spec import FULL, SubModelSpec
-from strategies.answers import arrival_row, check_report, merge_row
+from pruning.merge import AggregateResult, MaskedMean, is_finite
+from pruning.spec import SubModelSpec
+from strategies.answers import arrival_row, check_narrowed, check_report, merge_row
 from strategies.exchange import Arrival, Entry, Exchange, Transport
 from strategies.setting import Listener, Order, Progress, Setting, staleness_weight
 from wire.flat import ConfigError
@@ -68,6 +68,7 @@ class SubModelStrategy(Strategy):
         self.layout, self.cost, self.loop = setting.layout, setting.cost, setting.loop
         self.seed = setting.job.seed
         self.progress = Progress({})
+        self._num_merged = 0
         self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
 
     # --- what a method decides ---------------------------------------------------------------------------------------
@@ -86,17 +87,21 @@ class SubModelStrategy(Strategy):
         """Weight of an answer in the merge."""
         return report.num_examples * staleness_weight(self.loop.staleness, staleness)
 
-    def narrow(self, entry: Entry, report: Report) -> SubModelSpec | None:
-        """The part of the answer that is merged, if not all of it."""
-        return report.narrowed
+    def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
+        """Take one checked answer into the merge; a ``ValueError`` turns the answer away before it changed anything."""
+        mean.add(report.state, report.narrowed or entry.spec, self.weigh(report, staleness))
 
-    def merge_rule(self) -> MergeRule:
-        """How sums become values where only some clients hold an entry."""
-        return holders_mean
+    def merge(self, mean: MaskedMean) -> AggregateResult:
+        """Close the round: what the global model becomes."""
+        return mean.finalize(self.loop.mixing_rate)
 
     def family(self) -> dict[str, SubModelSpec]:
         """Named sub-models worth evaluating beside the global model."""
         return {}
+
+    def evaluation_order(self, partition_id: int) -> Order:
+        """What a client would deploy, and what it needs to be asked to test it."""
+        return Order()
 
     def export_state(self) -> dict[str, Any]:
         """The method's own state for a checkpoint: JSON values, and tensors in dicts."""
@@ -169,13 +174,14 @@ class SubModelStrategy(Strategy):
     def _round(self, exchange: Exchange, server_round: int) -> int:
         """One round: ask, collect, merge. Returns the number of answers merged."""
         progress = self.progress
-        start_s, started = exchange.now_s, set()
+        start_s = exchange.now_s
         self._extracted.clear()
+        self._num_merged = 0
         for partition_id, order in self.plan(server_round, self._ask(exchange, server_round)).items():
-            started.add(self._dispatch(exchange, server_round, partition_id, order))
+            self._dispatch(exchange, server_round, partition_id, order)
         mean = MaskedMean(progress.state, self.layout)
         rows, cpu_s = [], 0.0
-        for arrival in self._arrivals(exchange, mean, start_s, len(started)):
+        for arrival in self._arrivals(exchange, start_s):
             began = time.process_time()
             rows.append(self._take(arrival, mean))
             cpu_s += time.process_time() - began
@@ -183,7 +189,7 @@ class SubModelStrategy(Strategy):
         for row in sorted(rows, key=lambda row: (row["finish_s"], row["partition_id"])):
             self.listen({"event": "arrival", "server_round": server_round, **row})
         began = time.process_time()
-        merged = mean.finalize(self.loop.mixing_rate, self.merge_rule()) if mean.num_merged else None
+        merged = self.merge(mean) if self._num_merged else None
         if merged is not None and not all(map(is_finite, merged.state.values())):
             self.warn(server_round, "the merge overflowed to infinity and was discarded; lower the learning rate")
             merged = None
@@ -194,7 +200,7 @@ class SubModelStrategy(Strategy):
         progress.global_version += 1
         cpu_s += time.process_time() - began
         self.listen(merge_row(merged, server_round, progress.global_version, exchange.now_s, cpu_s))
-        return merged.num_merged
+        return self._num_merged
 
     def _ask(self, exchange: Exchange, server_round: int) -> list[int]:
         """Free and available clients, as many as a round asks, drawn by the run's seed."""
@@ -235,7 +241,9 @@ class SubModelStrategy(Strategy):
         state = self.progress.state  # of this version, however late the request is sent
 
         def make(dispatch: int) -> Instruction:
-            return replace(blank, dispatch=dispatch, state=self._extract(state, order.spec))
+            return replace(
+                blank, dispatch=dispatch, state=self._extract(state, order.spec), companions=order.companions()
+            )
 
         return exchange.dispatch(make, lambda dispatch: replace(entry, dispatch=dispatch))
 
@@ -249,23 +257,23 @@ class SubModelStrategy(Strategy):
             self._extracted[spec] = extract(state, self.layout, spec)
         return self._extracted[spec]
 
-    def _arrivals(self, exchange: Exchange, mean: MaskedMean, start_s: float, num_asked: int) -> Iterable[Arrival]:
+    def _arrivals(self, exchange: Exchange, start_s: float) -> Iterable[Arrival]:
         """Yield answers until the round closes."""
         if self.loop.is_barrier:
             while (arrival := exchange.next_in_dispatch_order()) is not None:
                 yield arrival
             return
         deadline_s = start_s + self.loop.deadline_s if self.loop.deadline_s else math.inf
-        while not self.loop.quorum or mean.num_merged < self.loop.quorum:
+        while not self.loop.quorum or self._num_merged < self.loop.quorum:
             arrival = exchange.next_arrival(deadline_s)
             if arrival is None and math.isfinite(deadline_s):
                 exchange.advance_to(deadline_s)
-                if not mean.num_merged:  # a deadline closes a round only once something has arrived
+                if not self._num_merged:  # a deadline closes a round only once something has arrived
                     arrival = exchange.next_arrival()
             if arrival is None:
                 return
             yield arrival
-            if exchange.now_s >= deadline_s and mean.num_merged:
+            if exchange.now_s >= deadline_s and self._num_merged:
                 return
 
     def _take(self, arrival: Arrival, mean: MaskedMean) -> dict[str, Any]:
@@ -279,11 +287,13 @@ class SubModelStrategy(Strategy):
                 arrival, self.cost, staleness, "late", f"{staleness} versions old, {self.loop.max_staleness} allowed"
             )
         try:
-            report = check_report(answer, self.progress.state, self._extract(self.progress.state, entry.spec))
-            mean.add(report.state, entry.spec, self.weigh(report, staleness), narrowed=self.narrow(entry, report))
+            held = check_narrowed(answer, entry.spec, self.layout)
+            report = check_report(answer, self.progress.state, self._extract(self.progress.state, held))
+            self.add(mean, entry, report, staleness)
         except ValueError as error:
             return arrival_row(arrival, self.cost, staleness, "rejected", str(error))
         self.observe(arrival, report)
+        self._num_merged += 1
         self.progress.last_dispatch[entry.partition_id] = entry.dispatch
         return arrival_row(arrival, self.cost, staleness, "merged", "")
 
@@ -325,7 +335,7 @@ class SubModelStrategy(Strategy):
         """Every free client tests its own sub-model on its own test part; takes no time on the run's clock."""
         busy = exchange.busy()
         free = [pid for pid in exchange.transport.clients() if pid not in busy]
-        orders = {pid: self.evaluation_spec(pid) for pid in free}
+        orders = {pid: self.evaluation_order(pid) for pid in free}
         instructions = [
             Instruction(
                 action="evaluate",
@@ -334,11 +344,14 @@ class SubModelStrategy(Strategy):
                 server_round=server_round,
                 global_version=self.progress.global_version,
                 job=self.setting.job,
-                state=self._extract(self.progress.state, spec),
-                spec=spec,
+                state=self._extract(self.progress.state, order.spec),
+                spec=order.spec,
+                objective=order.objective,
+                settings=order.settings,
+                companions=order.companions(),
                 last_dispatch=self.progress.last_dispatch.get(pid, -1),
             )
-            for pid, spec in orders.items()
+            for pid, order in orders.items()
         ]
         reports = [answer for answer in exchange.ask_aside(instructions) if isinstance(answer, Report)]
         total = sum(report.num_examples for report in reports)
@@ -352,10 +365,6 @@ class SubModelStrategy(Strategy):
                 str(r.partition_id): r.metrics["accuracy"] for r in sorted(reports, key=lambda r: r.partition_id)
             },
         }
-
-    def evaluation_spec(self, partition_id: int) -> SubModelSpec:
-        """The sub-model that a client would deploy."""
-        return FULL
 
     # --- Flower's own loop is not used ------------------------------------------------------------------------------
 

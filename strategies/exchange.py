@@ -17,7 +17,7 @@ from typing import Protocol
 
 from fleet.clock import Duration, DurationModel, VirtualClock
 from pruning.spec import SubModelSpec
-from wire.message import Failure, Instruction, Report, state_bytes
+from wire.message import Failure, Instruction, Report, payload_bytes
 
 
 class Transport(Protocol):
@@ -194,7 +194,7 @@ class Exchange:
         while self._queue and (not self.is_virtual or len(self._under_way) < self.transport.window):
             entry, make = self._queue.popleft()
             instruction = make()
-            entry = replace(entry, download_bytes=state_bytes(instruction.state))
+            entry = replace(entry, download_bytes=payload_bytes(instruction))
             if self.durations is not None and self.durations.drops_out(entry.partition_id, entry.dispatch):
                 self._settle(entry, Failure(entry.dispatch, entry.partition_id, "the device dropped out"))
                 continue
@@ -253,7 +253,7 @@ class Exchange:
 
     def _settle(self, entry: Entry, answer: Report | Failure) -> None:
         """Note an answer and when it arrives."""
-        upload_bytes = state_bytes(answer.state) if isinstance(answer, Report) else 0
+        upload_bytes = payload_bytes(answer) if isinstance(answer, Report) else 0
         train_macs = answer.train_macs if isinstance(answer, Report) else 0.0
         if not (math.isfinite(train_macs) and train_macs >= 0):
             train_macs = 0.0  # the strategy rejects such a report; until then it needs a time

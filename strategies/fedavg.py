@@ -47,16 +47,18 @@ class FedAvg(SubModelStrategy):
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """The same sub-model for everybody."""
-        return dict.fromkeys(clients, Order(self.evaluation_spec(0)))
+        return dict.fromkeys(clients, self.evaluation_order(0))
 
-    def evaluation_spec(self, partition_id: int) -> SubModelSpec:
+    def evaluation_order(self, partition_id: int) -> Order:
         """Everybody deploys what everybody trains."""
-        c = self.config
-        return select_prefix(
-            self.layout, equal_widths(self.layout, self.cost, c.retention_ratio, c.measure, c.round_to)
-        )
+        return Order(self._spec())
 
     def family(self) -> dict[str, SubModelSpec]:
         """The model that was trained, where it is not the full one."""
-        spec = self.evaluation_spec(0)
+        spec = self._spec()
         return {f"{self.cost.retention_ratio(spec):.2f}": spec} if spec.kept else {}
+
+    def _spec(self) -> SubModelSpec:
+        c = self.config
+        widths = equal_widths(self.layout, self.cost, c.retention_ratio, c.measure, c.round_to)
+        return select_prefix(self.layout, widths)

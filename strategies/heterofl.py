@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pruning.merge import MaskedMean
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
@@ -65,20 +66,23 @@ class HeteroFL(SubModelStrategy):
         settings = {"mask-missing-labels": self.config.mask_missing_labels}
         return {pid: Order(self._level(self._rate(pid, server_round)), settings=settings) for pid in clients}
 
-    def narrow(self, entry: Entry, report: Report) -> SubModelSpec | None:
+    def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Merge only the classifier rows of classes the client has."""
-        present = [label for label, count in enumerate(report.label_counts) if count]
-        if not self.config.mask_missing_labels or "classes" not in self.layout.by_name or not present:
-            return None
-        return SubModelSpec.of({**entry.spec.units, "classes": present}, entry.spec.depth)
+        mean.add(report.state, entry.spec, self.weigh(report, staleness), narrowed=self._present(entry.spec, report))
 
     def family(self) -> dict[str, SubModelSpec]:
         """Every level below the full model."""
         return {f"{rate:g}": self._level(rate) for rate in self._rates() if rate < 1}
 
-    def evaluation_spec(self, partition_id: int) -> SubModelSpec:
+    def evaluation_order(self, partition_id: int) -> Order:
         """The client's level; the first round's when levels are drawn."""
-        return self._level(self._rate(partition_id, 1))
+        return Order(self._level(self._rate(partition_id, 1)))
+
+    def _present(self, spec: SubModelSpec, report: Report) -> SubModelSpec | None:
+        present = [label for label, count in enumerate(report.label_counts) if count]
+        if not self.config.mask_missing_labels or "classes" not in self.layout.by_name or not present:
+            return None
+        return SubModelSpec.of({**spec.units, "classes": present}, spec.depth)
 
     def _rates(self) -> list[float]:
         return sorted((float(part) for part in self.config.rates.split(",")), reverse=True)

@@ -81,11 +81,13 @@ class Order:
     ----------
     spec : the sub-model it gets.
     objective, settings : what it minimises.
+    companions : makes the tensors that go with the weights, when the request is sent.
     """
 
     spec: SubModelSpec = FULL
     objective: str = "cross-entropy"
     settings: Mapping[str, Scalar] = field(default_factory=dict)
+    companions: Callable[[], State] = dict
 
 
 Listener = Callable[[dict[str, Any]], None]

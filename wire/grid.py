@@ -16,7 +16,7 @@ from pruning.spec import FULL, SubModelSpec
 from wire.flat import from_flat, to_flat
 from wire.message import Failure, Instruction, Job, Report
 
-STATE, HEAD, METRICS = "state", "head", "metrics"
+STATE, COMPANIONS, HEAD, METRICS = "state", "companions", "head", "metrics"
 PARTITION = "partition-id"
 
 
@@ -53,13 +53,13 @@ def spec_from_json(text: str) -> SubModelSpec | None:
 
 def instruction_to_record(instruction: Instruction) -> RecordDict:
     """Instruction -> Flower records: the tensors, and everything else as one JSON head."""
-    head = _plain(instruction, {"state", "job", "spec", "settings"})
+    head = _plain(instruction, {"state", "companions", "job", "spec", "settings"})
     head |= {
         "job": to_flat(instruction.job),
         "spec": spec_to_json(instruction.spec),
         "settings": dict(instruction.settings),
     }
-    return _record(instruction.state, head)
+    return _record(instruction, head)
 
 
 def record_to_instruction(record: RecordDict) -> Instruction:
@@ -67,13 +67,13 @@ def record_to_instruction(record: RecordDict) -> Instruction:
     head = _head(record)
     job = from_flat(Job, head.pop("job"))
     spec = spec_from_json(head.pop("spec")) or FULL
-    return Instruction(**head, job=job, spec=spec, state=_state(record))
+    return Instruction(**head, job=job, spec=spec, **_tensors(record))
 
 
 def report_to_record(report: Report) -> RecordDict:
     """Report -> Flower records; ``metrics`` also as a MetricRecord, where Flower's own tools look."""
-    head = _plain(report, {"state", "narrowed", "metrics"}) | {"narrowed": spec_to_json(report.narrowed)}
-    record = _record(report.state, head)
+    head = _plain(report, {"state", "companions", "narrowed", "metrics"}) | {"narrowed": spec_to_json(report.narrowed)}
+    record = _record(report, head)
     record[METRICS] = MetricRecord(
         {"num-examples": report.num_examples, **{k: float(v) for k, v in report.metrics.items()}}
     )
@@ -85,15 +85,21 @@ def record_to_report(record: RecordDict) -> Report:
     head = _head(record)
     head["label_counts"] = tuple(head["label_counts"])
     metrics = {k: float(v) for k, v in record[METRICS].items() if k != "num-examples" and isinstance(v, int | float)}
-    return Report(**(head | {"narrowed": spec_from_json(head["narrowed"])}), metrics=metrics, state=_state(record))
+    return Report(**(head | {"narrowed": spec_from_json(head["narrowed"])}), metrics=metrics, **_tensors(record))
 
 
 def _plain(value: Any, without: set[str]) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in fields(value) if field.name not in without}
 
 
-def _record(state: Mapping[str, Any], head: Mapping[str, Any]) -> RecordDict:
-    return RecordDict({STATE: ArrayRecord(dict(state)), HEAD: ConfigRecord({"json": json.dumps(head)})})
+def _record(message: Instruction | Report, head: Mapping[str, Any]) -> RecordDict:
+    return RecordDict(
+        {
+            STATE: ArrayRecord(dict(message.state)),
+            COMPANIONS: ArrayRecord(dict(message.companions)),
+            HEAD: ConfigRecord({"json": json.dumps(head)}),
+        }
+    )
 
 
 def _head(record: RecordDict) -> dict[str, Any]:
@@ -101,10 +107,14 @@ def _head(record: RecordDict) -> dict[str, Any]:
     return head
 
 
-def _state(record: RecordDict) -> dict[str, Any]:
-    arrays = record[STATE]
-    assert isinstance(arrays, ArrayRecord)
-    return dict(arrays.to_torch_state_dict())
+def _tensors(record: RecordDict) -> dict[str, Any]:
+    """The tensors of a message by field name."""
+    found = {}
+    for name in (STATE, COMPANIONS):
+        arrays = record[name]
+        assert isinstance(arrays, ArrayRecord)
+        found[name] = dict(arrays.to_torch_state_dict())
+    return found
 
 
 # --- transport ------------------------------------------------------------------------------------------------------

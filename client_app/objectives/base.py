@@ -1,0 +1,108 @@
+"""What an objective may look at, and what it says in return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from client_app.data import Examples
+from pruning.groups import Layout
+from pruning.spec import SubModelSpec
+from wire.flat import Scalar
+from wire.message import State, TrainConfig
+
+
+class ObjectiveError(ValueError):
+    """An instruction asks for an objective that this client does not have, or not in this way."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an objective may look at.
+
+    Attributes
+    ----------
+    model : the sub-model, in training mode.
+    layout : of the full model, whose group names and keys the sub-model shares.
+    train : the run's training configuration.
+    settings : the objective's own, from the instruction.
+    label_counts : int64 [num_classes], this client's training examples by class.
+    spec : what of the full model ``model`` is.
+    full : the full model without storage, from which other sub-models are cut.
+    companions : tensors that the server sent beside the weights.
+    memory : what the objective remembered with this client's last merged answer; empty at first.
+    examples : the client's training examples; None when the client only evaluates.
+    learning_rate : of this round.
+    generator : the request's random numbers.
+    """
+
+    model: nn.Module
+    layout: Layout
+    train: TrainConfig
+    settings: Mapping[str, Scalar]
+    label_counts: Tensor
+    spec: SubModelSpec
+    full: nn.Module
+    companions: State = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    examples: Examples | None = None
+    learning_rate: float = 0.0
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an objective has to say after training, beside the trained weights.
+
+    Attributes
+    ----------
+    companions : tensors for the server.
+    memory : what the objective wants to find again in ``Task.memory``; survives the process and a resume. Tensors,
+        numbers, strings, and lists and dicts of them.
+    metrics : further numbers for the event log.
+    narrowed : what of the full model the trained module is, where the objective made it smaller than what was sent.
+    train_macs : executed by everything, where the objective knows better than one pass per example.
+    """
+
+    companions: State = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    narrowed: SubModelSpec | None = None
+    train_macs: float | None = None
+
+
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(images [batch, ...], labels [batch]) -> (scalar loss, logits [batch, num_classes])."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised and in which module, and what it costs beyond one pass through it.
+
+    Attributes
+    ----------
+    model : whose weights are trained and reported; the task's, or a part of it that the objective chose.
+    loss : of one batch.
+    predict : images [batch, ...] -> logits [batch, num_classes], for evaluation; None: the deepest exit of ``model``.
+    beside : parameters that are trained with the model's and stay on the client.
+    extra : further networks that every batch passes through, forward and backward.
+    correct : changes the gradients between the backward pass and the step.
+    finish : told the number of steps made, says what there is to say.
+    """
+
+    model: nn.Module
+    loss: Loss
+    predict: Callable[[Tensor], Tensor] | None = None
+    beside: tuple[nn.Parameter, ...] = ()
+    extra: tuple[nn.Module, ...] = ()
+    correct: Callable[[], None] = lambda: None
+    finish: Callable[[int], Findings] = lambda num_steps: Findings()
+
+
+def last_logits(output: Tensor | list[Tensor]) -> Tensor:
+    """Logits [batch, num_classes] of the deepest exit."""
+    return output[-1] if isinstance(output, list | tuple) else output

@@ -1,0 +1,46 @@
+"""Train a sub-model and, inside it, the core that everybody holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from client_app.objectives.base import Objective, Task, last_logits
+from client_app.objectives.cross_entropy import cross_entropy
+from pruning.extract import relative, resize, selection, shapes_of
+from pruning.rows import gather
+from wire.grid import spec_from_json
+
+
+def nested(task: Task) -> Objective:
+    """Train the sub-model and, inside it, the core that everybody holds: CE(wide) + CE(core) + T^2 KL(wide || core).
+
+    The core's weights are the sub-model's own, so that it stays a network of its own, and what lies around it is
+    learned as an addition to it (universally slimmable networks and in-place distillation: Yu and Huang 2019).
+    Settings: ``core``, a spec as JSON; ``temperature``.
+    """
+    core_spec = spec_from_json(str(task.settings["core"]))
+    assert core_spec is not None
+    if task.spec == core_spec:
+        return cross_entropy(task)
+    temperature = float(task.settings.get("temperature", 3.0))
+    shapes = shapes_of(task.full.state_dict())
+    outer, inner = (selection(task.layout, spec, shapes).positions for spec in (task.spec, core_spec))
+    core = resize(task.full, task.layout, core_spec).train()
+    places = {key: relative(outer[key], kept) for key, kept in inner.items()}
+    own = dict(task.model.named_parameters()) | dict(task.model.named_buffers())
+
+    def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = last_logits(task.model(x))
+        # Clones: the core's pass must not touch the sub-model's running statistics, not even through a view.
+        weights = {key: gather(own[key], kept).clone() for key, kept in places.items()}
+        core_logits = last_logits(torch.func.functional_call(core, weights, (x,)))
+        smoothing = task.train.label_smoothing
+        value = functional.cross_entropy(logits, y, label_smoothing=smoothing)
+        value = value + functional.cross_entropy(core_logits, y, label_smoothing=smoothing)
+        teacher = functional.softmax(logits.detach() / temperature, dim=1)
+        student = functional.log_softmax(core_logits / temperature, dim=1)
+        return value + temperature**2 * functional.kl_div(student, teacher, reduction="batchmean"), logits
+
+    return Objective(task.model, loss, extra=(core,))

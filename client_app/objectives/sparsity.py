@@ -1,0 +1,36 @@
+"""Regularisers that make units dispensable: L1 on BatchNorm scales, or the group lasso."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from client_app.objectives.base import Objective, Task
+from pruning.importance import bn_scale_axes
+
+
+def sparse(task: Task, inner: Objective) -> Objective:
+    """Add ``train.sparsity`` times the penalty that ``train.sparsity-norm`` names."""
+    penalty = sparsity_penalty(task)
+
+    def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        value, logits = inner.loss(x, y)
+        return value + task.train.sparsity * penalty(), logits
+
+    return replace(inner, loss=loss)
+
+
+def sparsity_penalty(task: Task) -> Callable[[], Tensor]:
+    """Sum of |BatchNorm scale| (Liu et al. 2017), or the group lasso over each unit's weights (Wen et al. 2016)."""
+    parameters = dict(task.model.named_parameters())
+    state = task.model.state_dict()
+    if task.train.sparsity_norm == "l1":
+        keys = sorted({axis.key for group in task.layout.prunable for axis in bn_scale_axes(group, state)})
+        scales = [parameters[key] for key in keys if key in parameters]
+        return lambda: torch.stack([scale.abs().sum() for scale in scales]).sum() if scales else torch.zeros(())
+    rows = sorted({axis.key for group in task.layout.prunable for axis in group.axes if axis.dim == 0})
+    weights = [parameters[key] for key in rows if key in parameters and parameters[key].dim() > 1]
+    return lambda: torch.stack([w.flatten(1).norm(dim=1).sum() for w in weights]).sum() if weights else torch.zeros(())
