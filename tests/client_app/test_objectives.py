@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client_app.objectives import Loss, ObjectiveError, Task, make_objective
+from client_app import objectives
+from client_app.objectives import Loss, Objective, ObjectiveError, Task, make_objective
 from pruning.extract import extract, resize
 from pruning.spec import FULL, SubModelSpec
 from wire.grid import spec_to_json
@@ -134,3 +135,20 @@ def test_nested_reports_the_core_as_extra_work_and_a_client_that_holds_just_the_
     (extra,) = make_objective("nested", task).extra
     assert sum(p.numel() for p in extra.parameters()) < sum(p.numel() for p in task.model.parameters())
     assert make_objective("nested", replace(task, spec=core)).extra == ()
+
+
+def test_corrections_wrap_the_base_in_the_order_of_the_name(monkeypatch):
+    def plus(amount: float):
+        def correct(task: Task, inner: Objective) -> Objective:
+            return replace(inner, loss=lambda x, y: ((inner.loss(x, y)[0] + amount) * 2, inner.loss(x, y)[1]))
+
+        return correct
+
+    monkeypatch.setattr(objectives, "CORRECTIONS", {"one": plus(1.0), "ten": plus(10.0)})
+    bare = float(loss_of(task_of())(*BATCH)[0].detach())
+    assert float(loss_of(task_of(), "cross-entropy+one+ten")(*BATCH)[0].detach()) == pytest.approx(((bare + 1) * 2 + 10) * 2)
+
+
+def test_an_unknown_correction_names_the_nearest():
+    with pytest.raises(ObjectiveError, match=r"correction 'sparce' is not known here.*did you mean 'sparse'\?"):
+        loss_of(task_of(), "cross-entropy+sparce")
