@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from client_app.objectives.base import Findings, Loss, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
+from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.nested import nested
 from client_app.objectives.sparsity import sparse
 from wire.flat import nearest
@@ -19,6 +20,9 @@ Kind = TypeVar("Kind")
 
 OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
     "cross-entropy": cross_entropy,
+    "deepest-teaches": deepest_teaches,
+    "exits": exits,
+    "mutual": mutual,
     "nested": nested,
 }
 """Every base by the name that instructions use."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,6 @@ class Objective:
     finish: Callable[[int], Findings] = lambda num_steps: Findings()
 
 
-def last_logits(output: Tensor | list[Tensor]) -> Tensor:
+def last_logits(output: Tensor | Sequence[Tensor]) -> Tensor:
     """Logits [batch, num_classes] of the deepest exit."""
-    return output[-1] if isinstance(output, list | tuple) else output
+    return output if isinstance(output, Tensor) else output[-1]

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from client_app.objectives.base import Objective, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
+from client_app.objectives.distillation import divergence
 from pruning.extract import relative, resize, selection, shapes_of
 from pruning.rows import gather
 from wire.grid import spec_from_json
@@ -39,8 +40,6 @@ def nested(task: Task) -> Objective:
         smoothing = task.train.label_smoothing
         value = functional.cross_entropy(logits, y, label_smoothing=smoothing)
         value = value + functional.cross_entropy(core_logits, y, label_smoothing=smoothing)
-        teacher = functional.softmax(logits.detach() / temperature, dim=1)
-        student = functional.log_softmax(core_logits / temperature, dim=1)
-        return value + temperature**2 * functional.kl_div(student, teacher, reduction="batchmean"), logits
+        return value + divergence(logits, core_logits, temperature), logits
 
     return Objective(task.model, loss, extra=(core,))
