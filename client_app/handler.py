@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from client_app.batches import batches, flip_shift
 from client_app.data import Examples, client_examples, load_images
+from client_app.meter import MemoryMeter
 from client_app.objectives import Objective, Task, last_logits, make_objective
 from client_app.store import ClientStore
 from pruning.compress import sparsify
@@ -84,7 +86,8 @@ def handle(instruction: Instruction) -> Report:
     findings = objective.finish(fitted.num_steps)
     compute_s = time.perf_counter() - began
     macs += sum(train_macs_of(network, shape) for network in objective.extra)
-    state = {key: tensor.detach().cpu().clone() for key, tensor in objective.model.state_dict().items()}
+    objective.model.zero_grad()  # gradients are as large as the weights, and the answer needs room
+    state = {key: tensor.detach().cpu() for key, tensor in objective.model.state_dict().items()}  # nobody else's
     sent, remembered = state, {"objective": dict(findings.memory)} if findings.memory else {}
     if instruction.wants_delta:
         sent = difference(state, instruction, findings.narrowed, layout, full)
@@ -101,7 +104,7 @@ def handle(instruction: Instruction) -> Report:
         label_counts=tuple(int(c) for c in task.label_counts),
         train_macs=float(macs * fitted.num_seen) if findings.train_macs is None else findings.train_macs,
         compute_s=compute_s,
-        peak_memory_bytes=fitted.memory_bytes,
+        peak_memory_bytes=max(fitted.memory_bytes, findings.peak_memory_bytes),
         metrics={**fitted.metrics, **findings.metrics},
         is_delta=instruction.wants_delta,
         is_sparse=job.compression.kind == "dgc",
@@ -193,31 +196,12 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
     return Fitted(metrics, meter.peak_bytes, num_seen, num_steps)
 
 
-def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """Shuffled batches; a last batch of one example joins the one before, for BatchNorm's sake."""
-    parts = list(torch.randperm(num_examples, generator=generator).split(batch_size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        last = parts.pop()
-        parts[-1] = torch.cat([parts[-1], last])
-    return parts
-
-
 def learning_rate(config: TrainConfig, server_round: int, num_rounds: int) -> float:
     """The round's learning rate under the configured schedule."""
     if config.schedule == "constant":
         return config.learning_rate
     progress = torch.tensor(torch.pi * (server_round - 1) / max(1, num_rounds))
     return config.learning_rate * 0.5 * (1 + float(torch.cos(progress)))
-
-
-def flip_shift(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images [batch, channels, height, width] and shift all by up to an eighth."""
-    flips = torch.rand(len(x), generator=generator) < 0.5
-    x = torch.where(flips.to(x.device)[:, None, None, None], x.flip(3), x)
-    reach = x.shape[-1] // 8
-    down, right = (int(v) for v in torch.randint(0, 2 * reach + 1, (2,), generator=generator))
-    padded = functional.pad(x, (reach,) * 4)
-    return padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]
 
 
 @torch.no_grad()
@@ -269,41 +253,3 @@ def pick_device(config: TrainConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
-
-
-class MemoryMeter:
-    """Counts what training holds at its peak: weights, gradients, optimiser state, tensors saved for backward.
-
-    Used as a context around the forward pass; counts the first, which is the largest batch, and then steps aside.
-    """
-
-    def __init__(self, model: nn.Module, has_momentum: bool) -> None:
-        parameters = list(model.parameters())
-        self._owned = {parameter.data_ptr() for parameter in parameters}
-        weights = sum(p.numel() * p.element_size() for p in parameters)
-        self.fixed_bytes = weights * (3 if has_momentum else 2)
-        self.saved_bytes = 0
-        self._seen: dict[int, int] = {}
-        self._hooks: Any = None
-        self._is_done = False
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes at the peak."""
-        return self.fixed_bytes + self.saved_bytes
-
-    def __enter__(self) -> None:
-        if not self._is_done:
-            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
-            self._hooks.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        if not self._is_done:
-            self._hooks.__exit__(*error)
-            self.saved_bytes, self._is_done = sum(self._seen.values()), True
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._owned:
-            self._seen[storage.data_ptr()] = storage.nbytes()
-        return tensor

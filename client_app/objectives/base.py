@@ -66,6 +66,7 @@ class Findings:
     metrics : further numbers for the event log.
     narrowed : what of the full model the trained module is, where the objective made it smaller than what was sent.
     train_macs : executed by everything, where the objective knows better than one pass per example.
+    peak_memory_bytes : of what the objective did before the training that the handler measures.
     """
 
     companions: State = field(default_factory=dict)
@@ -73,6 +74,7 @@ class Findings:
     metrics: Mapping[str, float] = field(default_factory=dict)
     narrowed: SubModelSpec | None = None
     train_macs: float | None = None
+    peak_memory_bytes: int = 0
 
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

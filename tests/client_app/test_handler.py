@@ -208,3 +208,11 @@ def test_a_client_never_allocates_the_full_model(make_instruction):
     assert {k: t.shape for k, t in report.state.items()} == {
         k: t.shape for k, t in extract(model.state_dict(), layout, spec).items()
     }
+
+
+def test_frozen_weights_are_counted_without_gradient_and_optimiser_state():
+    model = nn.Linear(100, 100, bias=False)
+    trained = MemoryMeter(model, has_momentum=True).peak_bytes
+    model.weight.requires_grad_(False)
+    assert trained == 3 * 4 * 10_000
+    assert MemoryMeter(model, has_momentum=True).peak_bytes == 4 * 10_000

@@ -1,0 +1,26 @@
+"""Batches: shuffled, and augmented where asked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """Shuffled batches; a last batch of one example joins the one before, for BatchNorm's sake."""
+    parts = list(torch.randperm(num_examples, generator=generator).split(batch_size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        last = parts.pop()
+        parts[-1] = torch.cat([parts[-1], last])
+    return parts
+
+
+def flip_shift(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images [batch, channels, height, width] and shift all by up to an eighth."""
+    flips = torch.rand(len(x), generator=generator) < 0.5
+    x = torch.where(flips.to(x.device)[:, None, None, None], x.flip(3), x)
+    reach = x.shape[-1] // 8
+    down, right = (int(v) for v in torch.randint(0, 2 * reach + 1, (2,), generator=generator))
+    padded = functional.pad(x, (reach,) * 4)
+    return padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]

@@ -1,0 +1,49 @@
+"""What training holds in memory at its peak, counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MemoryMeter:
+    """Counts what training holds at its peak: weights, gradients, optimiser state, tensors saved for backward.
+
+    Frozen weights (``requires_grad`` false) have neither gradient nor optimiser state.
+
+    Used as a context around the forward pass; counts the first, which is the largest batch, and then steps aside.
+    """
+
+    def __init__(self, model: nn.Module, has_momentum: bool) -> None:
+        parameters = list(model.parameters())
+        self._owned = {parameter.data_ptr() for parameter in parameters}
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in parameters]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        self.fixed_bytes = sum(size for size, _ in sizes) + trained * (2 if has_momentum else 1)
+        self.saved_bytes = 0
+        self._seen: dict[int, int] = {}
+        self._hooks: Any = None
+        self._is_done = False
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak."""
+        return self.fixed_bytes + self.saved_bytes
+
+    def __enter__(self) -> None:
+        if not self._is_done:
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+            self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_done:
+            self._hooks.__exit__(*error)
+            self.saved_bytes, self._is_done = sum(self._seen.values()), True
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._owned:
+            self._seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
