@@ -18,7 +18,7 @@ from strategies.setting import Progress
 from wire.grid import spec_from_json, spec_to_json
 from wire.message import Failure, Report
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -43,8 +43,9 @@ def save_checkpoint(
     content = {
         "format": FORMAT,
         "state": progress.state,
-        "held_states": [
-            arrival.answer.state if isinstance(arrival.answer, Report) else {} for arrival in progress.held
+        "held_tensors": [
+            {name: dict(getattr(arrival.answer, name, {})) for name in ("state", "companions")}
+            for arrival in progress.held
         ],
         "json": json.dumps(
             {
@@ -104,9 +105,7 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         now_s=plain["now_s"],
         next_dispatch=plain["next_dispatch"],
         last_dispatch={int(pid): dispatch for pid, dispatch in plain["last_dispatch"].items()},
-        held=[
-            _arrival_from_plain(raw, state) for raw, state in zip(plain["held"], content["held_states"], strict=True)
-        ],
+        held=[_arrival_from_plain(raw, own) for raw, own in zip(plain["held"], content["held_tensors"], strict=True)],
     )
     return progress, content["own"], plain["config"], plain["num_rows"]
 
@@ -126,18 +125,18 @@ def _arrival_to_plain(arrival: Arrival) -> dict[str, Any]:
     }
 
 
-_NOT_PLAIN = {"state", "narrowed", "metrics"}
+_NOT_PLAIN = {"state", "companions", "narrowed", "metrics"}
 
 
-def _arrival_from_plain(raw: dict[str, Any], state: dict[str, torch.Tensor]) -> Arrival:
+def _arrival_from_plain(raw: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]) -> Arrival:
     spec = spec_from_json(raw["spec"])
     assert spec is not None
     entry = Entry(**raw["entry"], spec=spec)
-    answer: Report | Failure = Failure(**raw["answer"]) if not raw["is_report"] else _report(raw, state)
+    answer: Report | Failure = Failure(**raw["answer"]) if not raw["is_report"] else _report(raw, tensors)
     return Arrival(entry, answer, Duration(**raw["duration"]), raw["finish_s"])
 
 
-def _report(raw: dict[str, Any], state: dict[str, torch.Tensor]) -> Report:
+def _report(raw: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]) -> Report:
     answer = dict(raw["answer"])
     answer["label_counts"] = tuple(answer["label_counts"])
-    return Report(**answer, state=state, narrowed=spec_from_json(raw["narrowed"]))
+    return Report(**answer | tensors, narrowed=spec_from_json(raw["narrowed"]))

@@ -25,7 +25,7 @@ from pruning.spec import SubModelSpec
 from strategies.answers import arrival_row, check_narrowed, check_report, merge_row
 from strategies.exchange import Arrival, Entry, Exchange, Transport
 from strategies.setting import Listener, Order, Progress, Setting, staleness_weight
-from wire.flat import ConfigError
+from wire.flat import refuse
 from wire.grid import GridTransport
 from wire.message import Failure, Instruction, Report, State
 
@@ -72,6 +72,19 @@ class SubModelStrategy(Strategy):
         self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
 
     # --- what a method decides ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse a run that makes no sense with this method; called before anything is sent, resumed or not.
+
+        Raises
+        ------
+        ConfigError
+            With the keys that contradict each other, the reason, and the remedy (see ``refuse``).
+        """
+
+    def takes_part(self, partition_id: int) -> bool:
+        """Whether a client is ever asked to train; the others are not drawn."""
+        return True
 
     def begin(self) -> None:
         """Called once before the first round of a fresh run; ``self.progress.state`` is the initial model."""
@@ -126,13 +139,19 @@ class SubModelStrategy(Strategy):
 
         Raises
         ------
+        ConfigError
+            If what is configured makes no sense together.
         RunStoppedError
             If several rounds in a row brought no usable answer.
         """
-        if self.loop.quorum > self.setting.job.num_clients:
-            raise ConfigError(
-                f"config: loop.quorum: got {self.loop.quorum}, expected at most {self.setting.job.num_clients} clients"
-            )
+        num_asked = sum(map(self.takes_part, range(self.setting.job.num_clients)))
+        refuse(num_asked == 0, f"strategy={self.name}", "no client may take part")
+        refuse(
+            self.loop.quorum > num_asked,
+            f"loop.quorum={self.loop.quorum}",
+            f"only {num_asked} clients take part; a round would never reach its quorum",
+        )
+        self.check()
         transport = self._transport(grid)
         if initial_arrays is not None and not self.progress.state:
             self.progress.state = dict(initial_arrays.to_torch_state_dict())
@@ -205,7 +224,7 @@ class SubModelStrategy(Strategy):
     def _ask(self, exchange: Exchange, server_round: int) -> list[int]:
         """Free and available clients, as many as a round asks, drawn by the run's seed."""
         durations, busy = self.setting.durations, exchange.busy()
-        free = [pid for pid in exchange.transport.clients() if pid not in busy]
+        free = [pid for pid in exchange.transport.clients() if pid not in busy and self.takes_part(pid)]
         if durations is not None:
             awake = [pid for pid in free if durations.is_available(pid, exchange.now_s)]
             if free and not awake and not busy:

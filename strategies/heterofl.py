@@ -19,7 +19,7 @@ from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
 from strategies.setting import Order
-from wire.flat import require
+from wire.flat import refuse, require
 from wire.message import Report
 
 
@@ -60,6 +60,15 @@ class HeteroFL(SubModelStrategy):
     name = "heterofl"
     Config = HeteroFLConfig
     config: HeteroFLConfig
+
+    def check(self) -> None:
+        """A merge by labels needs to know which rows of the model belong to which class."""
+        refuse(
+            self.config.mask_missing_labels and "classes" not in self.layout.by_name,
+            "heterofl.mask-missing-labels=true",
+            f"the layout of {self.setting.job.model.name!r} has no group 'classes' (a regression head, or a "
+            "traced model with its classifier undeclared); declare the group or set heterofl.mask-missing-labels=false",
+        )
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Each client's level for this round."""

@@ -94,3 +94,16 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
     """Raise ``ConfigError`` saying what was expected of ``key`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(f"{key}: got {value!r}, expected {expected}")
+
+
+def refuse(condition: bool, keys: str, reason: str) -> None:
+    """Raise ``ConfigError`` where settings that are fine alone make no sense together.
+
+    Parameters
+    ----------
+    condition : whether they do not.
+    keys : the settings as the user wrote them, ``loop.quorum=5 with strategy=only-capable``.
+    reason : why, and what to do instead.
+    """
+    if condition:
+        raise ConfigError(f"config: {keys}: {reason}")

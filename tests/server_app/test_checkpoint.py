@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ SPEC = SubModelSpec.of({"a": [0, 3, 5]}, depth=2)
 def progress_of(server_round: int) -> Progress:
     entry = Entry(17, 4, server_round, 2, SPEC, 1.5, 1000)
     report = Report(17, 4, {"w": torch.arange(3.0)}, 9, (1, 8), 5e9, 0.1, 77, {"loss": 0.3}, True, False, SPEC)
+    report = replace(report, companions={"c": torch.arange(4.0)}, num_steps=6)
     held = [
         Arrival(entry, report, Duration(0.1, 0.2, 0.3), 2.1),
         Arrival(entry, Failure(17, 4, "the device dropped out"), Duration(0.0, 0.2, 0.0), 2.2),
@@ -47,7 +49,9 @@ def test_everything_comes_back_as_it_was(tmp_path):
     report, failure = progress.held[0].answer, progress.held[1].answer
     assert isinstance(report, Report)
     assert torch.equal(report.state["w"], torch.arange(3.0))
-    assert {**vars(report), "state": 0} == {**vars(before.held[0].answer), "state": 0}
+    assert torch.equal(report.companions["c"], torch.arange(4.0))
+    tensors = {"state": 0, "companions": 0}
+    assert vars(report) | tensors == vars(before.held[0].answer) | tensors
     assert failure == before.held[1].answer
     assert own["rates"] == {"3": [0.1, None, True]}
     assert torch.equal(own["tensors"]["t"], torch.arange(2))
@@ -109,7 +113,7 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path):
     path = save(tmp_path, 1)
     content = torch.load(path, weights_only=True)
     torch.save({**content, "format": 999}, path)
-    with pytest.raises(CheckpointError, match="has format 999, this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 999, this version reads 2"):
         load_checkpoint(path)
 
 

@@ -22,7 +22,7 @@ from strategies.exchange import Arrival, Entry, Exchange
 from strategies.fedavg import FedAvgConfig
 from strategies.setting import LoopConfig, Setting, staleness_weight
 from tests.runs import final_state, select, tiny_run
-from wire.flat import ConfigError
+from wire.flat import ConfigError, refuse
 from wire.local import LocalTransport
 from wire.message import DataConfig, Failure, Instruction, Job, ModelConfig, Report, TrainConfig
 from zoo import get_model
@@ -168,6 +168,33 @@ def test_staleness_weights_are_those_of_xie_et_al(rule, weights):
 def test_unknown_staleness_rules_are_refused(rule):
     with pytest.raises(ConfigError, match="expected 'constant', 'polynomial:A' or 'hinge:A:B'"):
         staleness_weight(rule, 1)
+
+
+def test_a_quorum_nobody_can_reach_is_refused_before_anything_is_sent():
+    with pytest.raises(ConfigError, match=r"loop\.quorum=5: only 4 clients take part"):
+        simulate(LoopConfig(quorum=5), 1, handler=lambda instruction: pytest.fail("something was sent"))
+
+
+def test_what_a_method_refuses_stops_the_run_before_anything_is_sent(monkeypatch):
+    def check(strategy: FedAvg) -> None:
+        refuse(strategy.loop.mixing_rate < 1, "loop.mixing-rate=0.5 with strategy=fedavg", "for a test; use 1")
+
+    monkeypatch.setattr(FedAvg, "check", check)
+    with pytest.raises(ConfigError, match=r"^config: loop\.mixing-rate=0\.5 with strategy=fedavg: for a test; use 1$"):
+        simulate(LoopConfig(mixing_rate=0.5), 1, handler=lambda instruction: pytest.fail("something was sent"))
+    assert select(simulate(LoopConfig(), 1), "merge")
+
+
+def test_who_does_not_take_part_is_never_drawn_and_does_not_count_for_a_quorum(monkeypatch):
+    monkeypatch.setattr(FedAvg, "takes_part", lambda strategy, pid: pid in (1, 3))
+    rows = simulate(LoopConfig(clients_per_round=1), 8)
+    assert [len(select(rows, "arrival", server_round=n)) for n in range(1, 9)] == [1] * 8
+    assert {row["partition_id"] for row in select(rows, "arrival")} == {1, 3}
+    with pytest.raises(ConfigError, match="only 2 clients take part"):
+        simulate(LoopConfig(quorum=3), 1)
+    monkeypatch.setattr(FedAvg, "takes_part", lambda strategy, pid: False)
+    with pytest.raises(ConfigError, match="strategy=fedavg: no client may take part"):
+        simulate(LoopConfig(), 1)
 
 
 def test_stale_answers_count_as_steps_from_where_they_started():

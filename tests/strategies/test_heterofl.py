@@ -108,6 +108,21 @@ def test_a_merge_is_the_mean_over_those_who_hold_an_entry_and_have_its_class(tmp
     assert select(rows, "merge")[0]["n_star"] < 6
 
 
+def test_a_merge_by_labels_of_a_model_without_classes_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    whole = get_model
+
+    def without_classes(*arguments: Any, **options: Any):
+        model, layout = whole(*arguments, **options)
+        return model, layout.without(["classes"])
+
+    monkeypatch.setattr("server_app.run.get_model", without_classes)
+    with pytest.raises(ConfigError, match=r"no group 'classes'.*set heterofl\.mask-missing-labels=false"):
+        tiny_run(tmp_path / "run", **LEVELS)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    rows = tiny_run(tmp_path / "unmasked", **{**LEVELS, "heterofl.mask-missing-labels": False})
+    assert select(rows, "merge")
+
+
 def test_narrowing_keeps_to_the_spec_that_was_sent():
     _, layout = get_model("mlp", 10, 1, 8)
     strategy = HeteroFL.__new__(HeteroFL)
