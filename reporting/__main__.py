@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from reporting.log import LogError
+from reporting.rows import LogError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

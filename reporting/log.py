@@ -10,162 +10,30 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from reporting.rows import (
+    ROW_CLASSES,
+    Arrival,
+    ClientInfo,
+    Decision,
+    End,
+    Evaluation,
+    LogError,
+    Merge,
+    Notice,
+    Row,
+    RunInfo,
+    build_row,
+    is_number,
+    list_of,
+)
 
 EVENTS_FILE = "events.jsonl"
-
-
-class LogError(ValueError):
-    """The event log is absent, damaged before its last line, or has a field of the wrong type."""
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """The ``run`` row: what was asked for, resolved."""
-
-    strategy: str
-    model: str = "?"
-    data: str = "?"
-    num_clients: int = 0
-    num_parameters: int = 0
-    seed: int | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, Any] = field(default_factory=dict)
-    wall_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class ClientInfo:
-    """One client of the ``clients`` row: its device and its data share."""
-
-    partition_id: int
-    device: str = "?"
-    train_flops: float | None = None
-    uplink_bytes_per_s: float | None = None
-    downlink_bytes_per_s: float | None = None
-    memory_bytes: float | None = None
-    num_examples: int = 0
-    label_counts: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """One reply, or the absence of one. Times lie on the clock of the run; costs are 0 where the log has none."""
-
-    server_round: int
-    partition_id: int
-    status: str
-    reason: str = ""
-    global_version_sent: int | None = None
-    staleness: int | None = None
-    start_s: float | None = None
-    finish_s: float | None = None
-    download_s: float = 0.0
-    compute_s: float = 0.0
-    upload_s: float = 0.0
-    update_time_s: float = 0.0
-    num_examples: int = 0
-    loss: float | None = None
-    accuracy: float | None = None
-    train_macs: float = 0.0
-    download_bytes: float = 0.0
-    upload_bytes: float = 0.0
-    peak_memory_bytes: float | None = None
-    retention_ratio: float | None = None
-    widths: Mapping[str, int] = field(default_factory=dict)
-    depth: int | None = None
-    measured_compute_s: float | None = None
-    wall_s: float = 0.0
-    line: int = 0
-
-
-@dataclass(frozen=True)
-class Merge:
-    """One change of the global model. ``coverage``: group or key -> mean share of the merged clients that hold it."""
-
-    server_round: int
-    time_s: float
-    global_version: int = 0
-    num_merged: int = 0
-    n_star: float | None = None
-    uncovered_ratio: float | None = None
-    coverage: Mapping[str, float] = field(default_factory=dict)
-    merge_cpu_s: float = 0.0
-    wall_s: float = 0.0
-    line: int = 0
-
-
-@dataclass(frozen=True)
-class Decision:
-    """New retention ratios. ``reference``: partition whose update time (``reference_s``) the others are brought to."""
-
-    server_round: int
-    reference: int | None = None
-    reference_s: float | None = None
-    rates: Mapping[str, float] = field(default_factory=dict)
-    update_times_s: Mapping[str, float] = field(default_factory=dict)
-    floors: tuple[int, ...] = ()
-    order_hash: str = ""
-    wall_s: float = 0.0
-    line: int = 0
-
-
-@dataclass(frozen=True)
-class FamilyMember:
-    """One sub-model of the family, evaluated: as it is and with its normalisation statistics re-estimated."""
-
-    retention_ratio: float
-    accuracy: float | None = None
-    accuracy_reestimated: float | None = None
-
-    @property
-    def best_accuracy(self) -> float | None:
-        """The better of the two accuracies; None when neither was measured."""
-        known = [a for a in (self.accuracy, self.accuracy_reestimated) if a is not None and math.isfinite(a)]
-        return max(known) if known else None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation of the global model; ``where`` is central or federated."""
-
-    server_round: int
-    time_s: float
-    where: str = "central"
-    global_version: int = 0
-    accuracy: float | None = None
-    loss: float | None = None
-    num_examples: int = 0
-    clients: Mapping[str, float] = field(default_factory=dict)
-    family: tuple[FamilyMember, ...] = ()
-    best: str = ""
-    wall_s: float = 0.0
-    line: int = 0
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A ``warning`` row."""
-
-    message: str
-    server_round: int | None = None
-    wall_s: float = 0.0
-    line: int = 0
-
-
-@dataclass(frozen=True)
-class End:
-    """The ``end`` row. A log without one belongs to a run that goes on or was killed."""
-
-    status: str
-    reason: str = ""
-    time_s: float | None = None
-    num_rounds: int | None = None
-    wall_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -241,26 +109,11 @@ def read_events(path: str | Path) -> RunLog:
         ) from error
     rows, problems = _parse(path, lines)
     rows, num_resumes = _drop_superseded(rows)
-    found: dict[str, list[Any]] = {event: [] for event in _CLASSES}
-    clients: dict[int, ClientInfo] = {}
-    unknown: dict[str, int] = {}
-    walls = [float(row["wall_s"]) for _, row in rows if _is_number(row.get("wall_s"))]
+    walls = [float(row["wall_s"]) for _, row in rows if is_number(row.get("wall_s"))]
     # every process counts from zero: a clock that falls back is a resumed run, with or without a second run row
     ends = [before for before, after in pairwise(walls) if after < before] + walls[-1:]
-    for number, row in rows:
-        event, where = str(row.get("event")), f"{path} line {number}"
-        if event == "clients":
-            for item in _list(row, "clients", where):
-                client = _build(ClientInfo, item, f"{where} (clients)")
-                clients[client.partition_id] = client
-        elif event in _CLASSES:
-            found[event].append(_build(_CLASSES[event], {**row, "line": number}, f"{where} ({event})"))
-        else:
-            unknown[event] = unknown.get(event, 0) + 1
-    for event, count in unknown.items():
-        near = difflib.get_close_matches(event, [*_CLASSES, "clients"], 1)
-        hint = f"; nearest known event: {near[0]!r}" if near else ""
-        problems.append(f"{count} row(s) of unknown event {event!r} were left out{hint}.")
+    found, clients, strange = _sort(path, rows)
+    problems += strange
     if not found["run"]:
         raise LogError(
             f"event log: {path} has no 'run' row, so nothing says what was run; is it a log of this project?"
@@ -283,17 +136,27 @@ def read_events(path: str | Path) -> RunLog:
     )
 
 
-_CLASSES: dict[str, type[Any]] = {
-    "run": RunInfo,
-    "arrival": Arrival,
-    "merge": Merge,
-    "decision": Decision,
-    "evaluation": Evaluation,
-    "warning": Notice,
-    "end": End,
-}
-Row = dict[str, Any]
-T = TypeVar("T")
+def _sort(path: Path, rows: list[tuple[int, Row]]) -> tuple[dict[str, list[Any]], dict[int, ClientInfo], list[str]]:
+    """Return typed rows by event, clients by partition id, and a sentence for every event that is not known."""
+    found: dict[str, list[Any]] = {event: [] for event in ROW_CLASSES}
+    clients: dict[int, ClientInfo] = {}
+    unknown: Counter[str] = Counter()
+    for number, row in rows:
+        event, where = str(row.get("event")), f"{path} line {number}"
+        if event == "clients":
+            for item in list_of(row, "clients", where):
+                client = build_row(ClientInfo, item, f"{where} (clients)")
+                clients[client.partition_id] = client
+        elif event in ROW_CLASSES:
+            found[event].append(build_row(ROW_CLASSES[event], {**row, "line": number}, f"{where} ({event})"))
+        else:
+            unknown[event] += 1
+    strange = []
+    for event, count in unknown.items():
+        near = difflib.get_close_matches(event, [*ROW_CLASSES, "clients"], 1)
+        hint = f"; nearest known event: {near[0]!r}" if near else ""
+        strange.append(f"{count} row(s) of unknown event {event!r} were left out{hint}.")
+    return found, clients, strange
 
 
 def _parse(path: Path, lines: list[bytes]) -> tuple[list[tuple[int, Row]], list[str]]:
@@ -337,7 +200,7 @@ def _drop_superseded(rows: list[tuple[int, Row]]) -> tuple[list[tuple[int, Row]]
         played = [
             r["server_round"]
             for _, r in segment
-            if r.get("event") in ("arrival", "merge") and _is_number(r.get("server_round"))
+            if r.get("event") in ("arrival", "merge") and is_number(r.get("server_round"))
         ]
         first = min(played, default=math.inf)
         again = {_evaluation_key(r) for _, r in segment if r.get("event") == "evaluation"}
@@ -345,7 +208,7 @@ def _drop_superseded(rows: list[tuple[int, Row]]) -> tuple[list[tuple[int, Row]]
             (number, row)
             for number, row in kept
             if row.get("event") != "end"
-            and not (_is_number(row.get("server_round")) and row["server_round"] >= first)
+            and not (is_number(row.get("server_round")) and row["server_round"] >= first)
             and not (row.get("event") == "evaluation" and _evaluation_key(row) in again)
         ]
         kept += segment
@@ -354,77 +217,3 @@ def _drop_superseded(rows: list[tuple[int, Row]]) -> tuple[list[tuple[int, Row]]
 
 def _evaluation_key(row: Row) -> tuple[str, str]:
     return repr(row.get("server_round")), repr(row.get("where"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _float(value: Any) -> float:
-    if not _is_number(value):
-        raise TypeError("a number")
-    return float(value)
-
-
-def _int(value: Any) -> int:
-    if not _is_number(value) or int(value) != value:
-        raise TypeError("a whole number")
-    return int(value)
-
-
-def _str(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a string")
-    return value
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError("an object")
-    return value
-
-
-def _family(value: Any) -> tuple[FamilyMember, ...]:
-    if not isinstance(value, list):
-        raise TypeError("a list of objects")
-    return tuple(_build(FamilyMember, item, "family member") for item in value)
-
-
-# the annotations of the row classes above, as text, are the schema
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "int": _int,
-    "float": _float,
-    "str": _str,
-    "Mapping[str, Any]": _dict,
-    "Mapping[str, int]": lambda value: {key: _int(item) for key, item in _dict(value).items()},
-    "Mapping[str, float]": lambda value: {key: _float(item) for key, item in _dict(value).items() if item is not None},
-    "tuple[int, ...]": lambda value: tuple(_int(item) for item in value),
-    "tuple[FamilyMember, ...]": _family,
-}
-
-
-def _build(cls: type[T], row: Any, where: str) -> T:
-    """Build one row class; null counts as absent, fields it does not know are ignored."""
-    if not isinstance(row, dict):
-        raise LogError(f"event log: {where}: expected an object, got {row!r}")
-    values: Row = {}
-    for item in fields(cls):  # type: ignore[arg-type]
-        value = row.get(item.name)
-        if value is None:
-            if item.default is MISSING and item.default_factory is MISSING:
-                raise LogError(f"event log: {where}: field {item.name!r} is missing; it has {', '.join(row)}")
-            continue
-        try:
-            values[item.name] = _READERS[str(item.type).removesuffix(" | None")](value)
-        except (TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, LogError):
-                raise LogError(f"event log: {where}: field {item.name!r}: {error}") from error
-            raise LogError(f"event log: {where}: field {item.name!r} must be {error}, got {value!r:.80}") from error
-    return cls(**values)
-
-
-def _list(row: Row, name: str, where: str) -> list[Any]:
-    value = row.get(name)
-    if not isinstance(value, list):
-        raise LogError(f"event log: {where}: field {name!r} must be a list, got {value!r:.80}")
-    return value

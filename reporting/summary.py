@@ -10,7 +10,8 @@ from statistics import fmean, median, pstdev
 from typing import Any
 
 from reporting.curve import Point, accuracy_curve, first_reaching, primary_where
-from reporting.log import Arrival, ClientInfo, Evaluation, RunLog
+from reporting.log import RunLog
+from reporting.rows import Arrival, ClientInfo, Evaluation
 from reporting.waiting import Closing, Wait, find_waits
 from reporting.write import write_json
 

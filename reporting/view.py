@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from reporting.log import Arrival, RunLog
+from reporting.log import RunLog
+from reporting.rows import Arrival
 from reporting.style import SPEED, clean
 from reporting.summary import ledger
 from reporting.units import format_bytes, format_count, format_memory

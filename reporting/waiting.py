@@ -10,7 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from reporting.log import Arrival, Merge, RunLog
+from reporting.log import RunLog
+from reporting.rows import Arrival, Merge
 
 
 @dataclass(frozen=True)

@@ -146,9 +146,8 @@ def test_corrections_wrap_the_base_in_the_order_of_the_name(monkeypatch):
 
     monkeypatch.setattr(objectives, "CORRECTIONS", {"one": plus(1.0), "ten": plus(10.0)})
     bare = float(loss_of(task_of())(*BATCH)[0].detach())
-    assert float(loss_of(task_of(), "cross-entropy+one+ten")(*BATCH)[0].detach()) == pytest.approx(
-        ((bare + 1) * 2 + 10) * 2
-    )
+    both = float(loss_of(task_of(), "cross-entropy+one+ten")(*BATCH)[0].detach())
+    assert both == pytest.approx(((bare + 1) * 2 + 10) * 2)
 
 
 def test_an_unknown_correction_names_the_nearest():

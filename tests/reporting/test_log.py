@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reporting.log import LogError, read_events
+from reporting.log import read_events
+from reporting.rows import LogError
 
 MakeRun = Callable[..., Path]
 RUN = {"event": "run", "strategy": "fedavg", "wall_s": 0.0}
