@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reporting.curve import Point, accuracy_curve, first_reaching, last_within
+from reporting.curve import Point, accuracy_curve, last_within
 from reporting.log import RunLog, read_events
 from reporting.page import Column, Section, fill
 from reporting.style import CYCLE, DASHES, clean, render, style
-from reporting.summary import summarise
+from reporting.summary import reach, summarise
 from reporting.units import MISSING, format_bytes, format_count, format_factor, format_percent, format_seconds
 from reporting.view import Picture, format_axis, make_figure
 from reporting.write import write_json, write_text
@@ -90,7 +90,7 @@ def compare_numbers(
                 "accuracy_at_equal_bytes": at["total_bytes"].accuracy if at["total_bytes"] else None,
                 "family_best_accuracy": family["best_accuracy"] if family else None,
                 "family_best_retention_ratio": family["best_retention_ratio"] if family else None,
-                "targets": [_reach(curve, name, target) for name, target in wanted],
+                "targets": [reach(curve, name, target) for name, target in wanted],
             }
         )
     first = runs[0]
@@ -344,18 +344,6 @@ def _draw(labels: Sequence[str], curves: Sequence[Sequence[Point]], numbers: dic
             render(figure, "curves", "Accuracy of every run", f"Final accuracies: {words}."),
             f"Dotted: {numbers['runs'][0]['targets'][0]['target']}.",
         )
-
-
-def _reach(curve: Sequence[Point], name: str, target: float) -> dict[str, Any]:
-    point = first_reaching(curve, target)
-    return {
-        "target": name,
-        "accuracy": target,
-        "time_s": point.time_s if point else None,
-        "server_round": point.server_round if point else None,
-        "total_bytes": point.total_bytes if point else None,
-        "train_macs": point.train_macs if point else None,
-    }
 
 
 def _factor(first: float | None, own: float | None) -> float | None:

@@ -35,31 +35,46 @@ def summarise(log: RunLog, targets: Sequence[float] = TARGETS) -> dict[str, Any]
     ``round_time_s_first``, ``_last``: mean time between the first and the last five merges.
     ``straggler_wait_ratio``: waiting / (waiting + update time), over all arrivals (``reporting.waiting``).
     """
-    where = primary_where(log)
-    curve = accuracy_curve(log, where)
     waits, closings = find_waits(log)
-    total_time_s = log.total_time_s
-    busy_s = sum(row.update_time_s for row in log.arrivals)
-    wait_s = sum(wait.wait_s for wait in waits)
-    num_clients = max(log.run.num_clients, len(log.clients))
-    merge_times = [0.0, *(row.time_s for row in log.merges)]
-    round_times = [after - before for before, after in pairwise(merge_times)]
-    best = max(curve, key=lambda point: point.accuracy, default=None)
-    stars = [row.n_star for row in log.merges if row.n_star is not None]
-    uncovered = [row.uncovered_ratio for row in log.merges if row.uncovered_ratio is not None]
-    finite_losses = [point.loss for point in curve if point.loss is not None]
+    return {
+        **_identity(log),
+        **_accuracy(log, targets),
+        **_times(log, waits, closings),
+        **_costs(log),
+        **_coverage(log),
+        "num_arrivals": {status: sum(row.status == status for row in log.arrivals) for status in STATUSES},
+        "num_warnings": len(log.warnings),
+        "log_problems": list(log.problems),
+        "ledger": ledger(log, waits, closings),
+    }
+
+
+def _identity(log: RunLog) -> dict[str, Any]:
     return {
         "strategy": log.run.strategy,
         "model": log.run.model,
         "data": log.run.data,
         "seed": log.run.seed,
-        "num_clients": num_clients,
+        "num_clients": _num_clients(log),
         "num_parameters": log.run.num_parameters,
         "status": log.status,
         "reason": log.end.reason if log.end else "the log has no end row: the run goes on or was killed",
         "num_rounds": log.num_rounds,
         "num_merges": len(log.merges),
         "num_resumes": log.num_resumes,
+    }
+
+
+def _num_clients(log: RunLog) -> int:
+    return max(log.run.num_clients, len(log.clients))
+
+
+def _accuracy(log: RunLog, targets: Sequence[float]) -> dict[str, Any]:
+    where = primary_where(log)
+    curve = accuracy_curve(log, where)
+    best = max(curve, key=lambda point: point.accuracy, default=None)
+    finite_losses = [point.loss for point in curve if point.loss is not None]
+    return {
         "evaluation": where,
         "final_accuracy": curve[-1].accuracy if curve else None,
         "final_loss": finite_losses[-1] if finite_losses else None,
@@ -68,28 +83,47 @@ def summarise(log: RunLog, targets: Sequence[float] = TARGETS) -> dict[str, Any]
         "best_accuracy_time_s": best.time_s if best else None,
         "federated": federated_spread(log.evaluations),
         "family": family_rows(log.evaluations),
+        "time_to_accuracy": time_to_accuracy(curve, targets),
+    }
+
+
+def _times(log: RunLog, waits: Sequence[Wait], closings: Sequence[Closing]) -> dict[str, Any]:
+    total_time_s = log.total_time_s
+    busy_s = sum(row.update_time_s for row in log.arrivals)
+    wait_s = sum(wait.wait_s for wait in waits)
+    capacity_s = _num_clients(log) * total_time_s
+    merge_times = [0.0, *(row.time_s for row in log.merges)]
+    round_times = [after - before for before, after in pairwise(merge_times)]
+    return {
         "total_time_s": total_time_s,
         "total_wall_s": log.wall_s,
         "round_time_s_first": fmean(round_times[:5]) if round_times else None,
         "round_time_s_last": fmean(round_times[-5:]) if round_times else None,
-        "merge_cpu_s": sum(row.merge_cpu_s for row in log.merges),
-        "download_bytes": round(sum(row.download_bytes for row in log.arrivals)),
-        "upload_bytes": round(sum(row.upload_bytes for row in log.arrivals)),
-        "train_macs": sum(row.train_macs for row in log.arrivals),
-        "time_to_accuracy": time_to_accuracy(curve, targets),
-        "utilisation_ratio": busy_s / (num_clients * total_time_s) if num_clients and total_time_s > 0 else None,
+        "utilisation_ratio": busy_s / capacity_s if capacity_s > 0 else None,
         "straggler_wait_s": wait_s,
         "straggler_wait_ratio": wait_s / (wait_s + busy_s) if wait_s + busy_s > 0 else None,
         "straggler_wait_ratio_first": closings[0].wait_ratio if closings else None,
         "straggler_wait_ratio_last": closings[-1].wait_ratio if closings else None,
+    }
+
+
+def _costs(log: RunLog) -> dict[str, Any]:
+    return {
+        "merge_cpu_s": sum(row.merge_cpu_s for row in log.merges),
+        "download_bytes": round(sum(row.download_bytes for row in log.arrivals)),
+        "upload_bytes": round(sum(row.upload_bytes for row in log.arrivals)),
+        "train_macs": sum(row.train_macs for row in log.arrivals),
+    }
+
+
+def _coverage(log: RunLog) -> dict[str, Any]:
+    stars = [row.n_star for row in log.merges if row.n_star is not None]
+    uncovered = [row.uncovered_ratio for row in log.merges if row.uncovered_ratio is not None]
+    return {
         "n_star_min": min(stars) if stars else None,
         "n_star_median": median(stars) if stars else None,
         "n_star_final": stars[-1] if stars else None,
         "uncovered_ratio_max": max(uncovered) if uncovered else None,
-        "num_arrivals": {status: sum(row.status == status for row in log.arrivals) for status in STATUSES},
-        "num_warnings": len(log.warnings),
-        "log_problems": list(log.problems),
-        "ledger": ledger(log, waits, closings),
     }
 
 
@@ -104,20 +138,20 @@ def time_to_accuracy(curve: Sequence[Point], targets: Sequence[float]) -> list[d
     wanted = [(f"{target * 100:g} %", target) for target in targets]
     if best is not None:
         wanted += [(f"{share * 100:g} % of best", share * best) for share in SHARES_OF_BEST]
-    rows = []
-    for name, target in wanted:
-        point = first_reaching(curve, target)
-        rows.append(
-            {
-                "target": name,
-                "accuracy": target,
-                "time_s": point.time_s if point else None,
-                "server_round": point.server_round if point else None,
-                "total_bytes": point.total_bytes if point else None,
-                "train_macs": point.train_macs if point else None,
-            }
-        )
-    return rows
+    return [reach(curve, name, target) for name, target in wanted]
+
+
+def reach(curve: Sequence[Point], name: str, target: float) -> dict[str, Any]:
+    """Return what it took to get to the accuracy ``target``; nulls where it was never reached."""
+    point = first_reaching(curve, target)
+    return {
+        "target": name,
+        "accuracy": target,
+        "time_s": point.time_s if point else None,
+        "server_round": point.server_round if point else None,
+        "total_bytes": point.total_bytes if point else None,
+        "train_macs": point.train_macs if point else None,
+    }
 
 
 def federated_spread(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:

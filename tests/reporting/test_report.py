@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from reporting.figures import DRAWINGS, draw_adaptation, draw_labels, draw_widths
+from reporting.figures import DRAWINGS, draw_adaptation
 from reporting.log import read_events
+from reporting.maps import draw_labels, draw_widths
 from reporting.report import write_report
 from reporting.style import style
 from reporting.view import MAX_CLIENTS, View
