@@ -21,11 +21,15 @@ CHUNK_BYTES = 1 << 18
 
 
 def gather(tensor: Tensor, kept: Kept) -> Tensor:
-    """Entries of ``tensor`` at the kept positions of every axis; a view where all of them are contiguous."""
+    """Entries of ``tensor`` at the kept positions of every axis; a view where all of them are contiguous.
+
+    Gradients flow back to ``tensor`` where it wants any.
+    """
     slices = as_slices(kept)
     if slices is not None:
         return tensor[slices] if slices else tensor
-    if tensor.dim() == 1 or tensor.device.type != "cpu":
+    wants_gradient = tensor.requires_grad and torch.is_grad_enabled()
+    if tensor.dim() == 1 or tensor.device.type != "cpu" or wants_gradient:  # numpy's way has no gradient
         for dim, positions in enumerate(kept):
             if positions is not None:
                 tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))

@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from client_app import objectives
 from client_app.objectives import Loss, Objective, ObjectiveError, Task, make_objective
-from pruning.extract import extract, resize
+from client_app.objectives.distillation import divergence
+from pruning.extract import embed, extract, resize
+from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from wire.grid import spec_to_json
 from wire.message import TrainConfig
@@ -117,6 +119,28 @@ def test_nested_adds_the_cores_loss_and_its_distance_to_the_wide_models_logits(u
     distance = (teacher * (teacher.log() - student)).sum(1).mean()
     expected = functional.cross_entropy(logits, BATCH[1]) + functional.cross_entropy(core_logits, BATCH[1])
     torch.testing.assert_close(loss, expected + 4 * distance, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("units", [[0, 1, 2], [1, 4, 6]], ids=["contiguous", "scattered"])
+def test_the_cores_loss_reaches_the_cores_weights_and_no_others(units):
+    """Gradients against those of a physically small core of its own."""
+    task, core = nested_task({"stage1": units})
+    plain = task_of()
+    loss_of(plain)(*BATCH)[0].backward()
+    loss, logits = loss_of(task, "nested")(*BATCH)
+    loss.backward()
+    small = resize(task_of().model, task.layout, core).train()
+    core_logits = small(BATCH[0])
+    (functional.cross_entropy(core_logits, BATCH[1]) + divergence(logits, core_logits, 2.0)).backward()
+    start = {key: parameter.grad for key, parameter in plain.model.named_parameters()}
+    added, _ = embed(
+        {key: parameter.grad for key, parameter in small.named_parameters()},
+        Layout(tuple(replace(g, axes=tuple(a for a in g.axes if a.key in start)) for g in task.layout.groups)),
+        core,
+        {key: torch.zeros_like(tensor) for key, tensor in start.items()},
+    )
+    for key, parameter in task.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, start[key] + added[key], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("units", [[0, 1, 2], [1, 4, 6]], ids=["contiguous", "scattered"])

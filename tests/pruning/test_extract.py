@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pruning.extract import StateError, embed, extract, resize
 from pruning.groups import Axis, Group, Layout, LayoutError
 from pruning.prove import proof_error, prove, random_spec
+from pruning.rows import gather
 from pruning.spec import FULL, SpecError, SubModelSpec
 from tests.pruning.conftest import randomized
 from zoo import get_model
@@ -123,3 +124,12 @@ def test_overlapping_or_missing_axes_are_refused(four_channels):
     for axes in ((Axis("nope", 0),), (Axis("0.weight", 0), Axis("0.weight", 0)), (Axis("0.weight", 0, repeat=2),)):
         with pytest.raises(LayoutError):
             Layout((Group("inner", 4, axes),)).check(shapes)
+
+
+@pytest.mark.parametrize("units", [[0, 1], [0, 2]], ids=["contiguous", "scattered"])
+def test_gathered_entries_pass_gradients_back_to_where_they_lie(units):
+    weight = torch.randn(4, 3, 2, 2, requires_grad=True)
+    gather(weight, (np.array(units), np.array([0, 2]), None, None)).sum().backward()
+    expected = torch.zeros(4, 3, 2, 2)
+    expected[np.ix_(units, [0, 2])] = 1
+    assert torch.equal(weight.grad, expected)
