@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn import functional
 from client_app.batches import batches, flip_shift
 from client_app.data import Examples, client_examples, load_images
 from client_app.meter import MemoryMeter
-from client_app.objectives import Objective, Task, last_logits, make_objective
+from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective
 from client_app.store import ClientStore
 from pruning.compress import sparsify
 from pruning.cost import measure_costs
@@ -25,9 +24,12 @@ from pruning.extract import embed, extract, narrow, resize, shapes_of
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from wire.message import Instruction, Job, ModelConfig, Report, State, TrainConfig
+from wire.training import learning_rate, make_optimizer
 from zoo import get_model, model_names
 
 META = torch.device("meta")
+NO_CHANCE = -1e4
+"""Logit of a class that cannot be the answer; finite, so that a loss stays a number."""
 
 
 class TrainingError(RuntimeError):
@@ -52,7 +54,7 @@ def handle(instruction: Instruction) -> Report:
     blank, layout, macs = sub_model(job.model, data.num_classes, shape, instruction.spec)
     full, _ = full_model(job.model, data.num_classes, shape)
     task = Task(
-        model=load(blank, instruction).to(device).train(),
+        model=load(blank, instruction, device).train(),
         layout=layout,
         train=job.train,
         settings=instruction.settings,
@@ -66,19 +68,30 @@ def handle(instruction: Instruction) -> Report:
         generator=torch.Generator().manual_seed(
             hash((job.seed, instruction.partition_id, instruction.dispatch)) % 2**63
         ),
+        build=partial(build_model, job.model, data.num_classes, shape),
+        load_draft=store.load_draft,
+        save_draft=store.save_draft,
     )
     if instruction.action == "evaluate":
         if len(test) == 0:
             raise TrainingError(f"client {instruction.partition_id} has no test example; raise data.min-size")
-        objective = make_objective(instruction.objective, task)
-        metrics = evaluate(objective.model, test.to(device), predict=objective.predict)
-        return Report(instruction.dispatch, instruction.partition_id, {}, len(test), metrics=metrics)
+        found = examine(task, make_objective(instruction.objective, task), test.to(device))
+        return Report(
+            instruction.dispatch,
+            instruction.partition_id,
+            {},
+            len(test),
+            tuple(int(c) for c in task.label_counts),
+            metrics=found.metrics,
+            companions={key: tensor.detach().cpu() for key, tensor in found.companions.items()},
+        )
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=task.generator)))
     began = time.perf_counter()
     objective = make_objective(instruction.objective, task)
-    fitted = fit(task, objective, train.to(device))
+    examples = train.to(device)
+    fitted = objective.train(examples) if objective.train is not None else fit(task, objective, examples)
     if not math.isfinite(fitted.metrics["loss"]):
         raise TrainingError(
             f"client {instruction.partition_id}: the loss became {fitted.metrics['loss']}; lower the learning rate"
@@ -87,7 +100,8 @@ def handle(instruction: Instruction) -> Report:
     compute_s = time.perf_counter() - began
     macs += sum(train_macs_of(network, shape) for network in objective.extra)
     objective.model.zero_grad()  # gradients are as large as the weights, and the answer needs room
-    state = {key: tensor.detach().cpu() for key, tensor in objective.model.state_dict().items()}  # nobody else's
+    trained = objective.model.state_dict() if findings.state is None else findings.state
+    state = {key: tensor.detach().cpu() for key, tensor in trained.items()}  # nobody else's
     sent, remembered = state, {"objective": dict(findings.memory)} if findings.memory else {}
     if instruction.wants_delta:
         sent = difference(state, instruction, findings.narrowed, layout, full)
@@ -95,7 +109,7 @@ def handle(instruction: Instruction) -> Report:
         held = findings.narrowed or instruction.spec
         sent, remembered["compression"] = compress(sent, memory.get("compression", {}), job, held, layout, full)
     if remembered:
-        store.save(instruction.dispatch, instruction.last_dispatch, remembered)
+        store.save(instruction.dispatch, instruction.last_dispatch, remembered, instruction.kept_dispatch)
     return Report(
         dispatch=instruction.dispatch,
         partition_id=instruction.partition_id,
@@ -114,12 +128,17 @@ def handle(instruction: Instruction) -> Report:
     )
 
 
+def build_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, int]) -> tuple[nn.Module, Layout]:
+    """The full model with fresh weights, and its layout."""
+    options: dict[str, Any] = {} if config.width == 1 else {"width": config.width}
+    options |= {"exits": True} if config.exits else {}
+    return get_model(config.name, num_classes, shape[0], shape[1], **options)
+
+
 @lru_cache(maxsize=4)
 def full_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, int]) -> tuple[nn.Module, Layout]:
     """The full model without storage, and its layout."""
-    options: dict[str, Any] = {} if config.width == 1 else {"width": config.width}
-    options |= {"exits": True} if config.exits else {}
-    build = partial(get_model, config.name, num_classes, shape[0], shape[1], **options)
+    build = partial(build_model, config, num_classes, shape)
     if config.name not in model_names():  # a layout is traced on real tensors
         model, layout = build()
         return model.to(META), layout
@@ -142,38 +161,24 @@ def train_macs_of(model: nn.Module, shape: tuple[int, int, int]) -> int:
     return measure_costs(model, Layout(()), torch.empty(2, *shape, device=META)).of(FULL).train_macs
 
 
-def load(model: nn.Module, instruction: Instruction) -> nn.Module:
-    """A copy of a model without storage, holding the weights that were received."""
-    owned = {key: tensor.clone() for key, tensor in instruction.state.items()}
+def load(model: nn.Module, instruction: Instruction, device: torch.device) -> nn.Module:
+    """A copy of a model without storage, holding the weights that were received; the rest stays without storage."""
+    owned = {key: tensor.to(device, copy=True) for key, tensor in instruction.state.items()}
     loaded = copy.deepcopy(model)
-    loaded.load_state_dict(owned, strict=True, assign=True)
+    lacking = loaded.load_state_dict(owned, strict=not instruction.is_partial, assign=True)
+    if lacking.unexpected_keys:
+        raise TrainingError(f"instruction: the model has no entries {lacking.unexpected_keys}")
     for parameter in loaded.parameters():
         parameter.requires_grad_(True)
     return loaded
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What training came to: metrics over all batches, peak memory in bytes, examples seen, steps made."""
-
-    metrics: dict[str, float]
-    memory_bytes: int
-    num_seen: int
-    num_steps: int
 
 
 def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
     """Train on ``train``."""
     config = task.train
     parameters = [*objective.model.parameters(), *objective.beside]
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=task.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )
-    meter = MemoryMeter(objective.model, config.momentum > 0)
+    optimizer = make_optimizer(config, parameters, task.learning_rate)
+    meter = MemoryMeter(objective.model, config.momentum > 0 or config.optimizer == "adam")
     total_loss, num_correct, num_seen, num_steps = 0.0, 0, 0, 0
     for _ in range(config.local_epochs):
         for index in batches(len(train), config.batch_size, task.generator):
@@ -196,12 +201,15 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
     return Fitted(metrics, meter.peak_bytes, num_seen, num_steps)
 
 
-def learning_rate(config: TrainConfig, server_round: int, num_rounds: int) -> float:
-    """The round's learning rate under the configured schedule."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = torch.tensor(torch.pi * (server_round - 1) / max(1, num_rounds))
-    return config.learning_rate * 0.5 * (1 + float(torch.cos(progress)))
+def examine(task: Task, objective: Objective, examples: Examples) -> Findings:
+    """Test as the objective wants it; with ``own-classes`` the answer is one of the classes that the client has."""
+    if objective.examine is not None:
+        return objective.examine(examples)
+    predict = objective.predict or (lambda x: last_logits(objective.model(x)))
+    if task.settings.get("own-classes", False):
+        everything, is_missing = predict, task.label_counts == 0
+        predict = lambda x: everything(x).masked_fill(is_missing, NO_CHANCE)  # noqa: E731
+    return Findings(metrics=evaluate(objective.model, examples, predict=predict))
 
 
 @torch.no_grad()

@@ -30,11 +30,35 @@ class ClientStore:
         memory: dict[str, Any] = torch.load(path, weights_only=True)
         return memory
 
-    def save(self, dispatch: int, last_dispatch: int, memory: dict[str, Any]) -> None:
-        """Remember ``memory`` with this answer; drop what is older than the last merged one."""
+    def save(self, dispatch: int, last_dispatch: int, memory: dict[str, Any], kept_dispatch: int | None = None) -> None:
+        """Remember ``memory`` with this answer; drop what nobody can go back to any more.
+
+        Kept are the last merged answer, and the one of the last checkpoint where rounds have several requests.
+        """
         path = self._path(dispatch)
         if path is None:
             return
+        self._write(path, memory)
+        kept = {last_dispatch if kept_dispatch is None else kept_dispatch, last_dispatch}
+        for old in path.parent.glob(f"{self.partition_id:06d}-*.pt"):
+            number = old.stem.split("-")[1]
+            if number.isdigit() and int(number) < last_dispatch and int(number) not in kept:
+                old.unlink(missing_ok=True)
+
+    def load_draft(self) -> dict[str, Any]:
+        """What was saved in the middle of a request; empty if there is nothing."""
+        path = self._draft
+        if path is None or not path.exists():
+            return {}
+        draft: dict[str, Any] = torch.load(path, weights_only=True)
+        return draft
+
+    def save_draft(self, draft: dict[str, Any]) -> None:
+        """Keep work that does not depend on any answer being merged; it survives the server."""
+        if self._draft is not None:
+            self._write(self._draft, draft)
+
+    def _write(self, path: Path, memory: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
         try:
@@ -44,9 +68,10 @@ class ClientStore:
         except BaseException:
             os.unlink(temporary)
             raise
-        for old in path.parent.glob(f"{self.partition_id:06d}-*.pt"):
-            if int(old.stem.split("-")[1]) < last_dispatch:
-                old.unlink(missing_ok=True)
+
+    @property
+    def _draft(self) -> Path | None:
+        return None if self.folder is None else self.folder / f"{self.partition_id:06d}-draft.pt"
 
     def _path(self, dispatch: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{self.partition_id:06d}-{dispatch:012d}.pt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -136,7 +137,10 @@ def build(
         evaluate_clients=evaluation.where != "central",
         evaluate_every=evaluation.every,
         family_every=evaluation.family_every,
+        own_classes=evaluation.own_classes,
         reply_timeout_s=run_config.reply_timeout_s,
+        network=copy.deepcopy(model).to("meta"),
+        image_shape=shape,
     )
 
     def keep(progress: Progress, own: dict[str, Any]) -> None:

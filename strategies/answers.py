@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,12 @@ from pruning.merge import AggregateResult, is_finite
 from pruning.spec import SubModelSpec
 from strategies.exchange import Arrival
 from wire.message import Report, State, payload_bytes
+
+ADDED = (
+    *("download_s", "compute_s", "upload_s", "update_time_s", "download_bytes", "upload_bytes"),
+    *("train_macs", "measured_compute_s", "counted_bytes"),
+)
+"""Fields of an arrival's row that add up over the requests of a round."""
 
 
 class ReportError(ValueError):
@@ -109,6 +116,17 @@ def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, 
             **{name: value for name, value in report.metrics.items() if name not in row},
         }
     return row
+
+
+def combined_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row for all requests that one client was sent in one round: costs added, the first fault named."""
+    first, last = rows[0], rows[-1]
+    if len(rows) == 1:
+        return first
+    bad = next((row for row in rows if row["status"] != "merged"), None)
+    total = {key: sum(row.get(key, 0) for row in rows) for key in ADDED if any(key in row for row in rows)}
+    what = {key: bad[key] for key in ("status", "reason")} if bad else {}
+    return {**last, **what, **total, "start_s": first["start_s"], "num_requests": len(rows)}
 
 
 def merge_row(

@@ -22,12 +22,12 @@ from flwr.serverapp.strategy import Result, Strategy
 from pruning.extract import extract
 from pruning.merge import AggregateResult, MaskedMean, is_finite
 from pruning.spec import SubModelSpec
-from strategies.answers import arrival_row, check_narrowed, check_report, merge_row
+from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row
 from strategies.exchange import Arrival, Entry, Exchange, Transport
 from strategies.setting import Listener, Order, Progress, Setting, staleness_weight
 from wire.flat import refuse
 from wire.grid import GridTransport
-from wire.message import Failure, Instruction, Report, State
+from wire.message import Failure, Instruction, Report, State, payload_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class SubModelStrategy(Strategy):
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    has_global_model: ClassVar[bool] = True
+    """Whether the merged state is a model to test; if not, clients test what each of them has."""
     sends_deltas: ClassVar[bool] = False
     """Whether answers are merged as differences; always so when they may be stale."""
 
@@ -69,6 +71,7 @@ class SubModelStrategy(Strategy):
         self.seed = setting.job.seed
         self.progress = Progress({})
         self._num_merged = 0
+        self._kept_dispatch: dict[int, int] = {}
         self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
 
     # --- what a method decides ---------------------------------------------------------------------------------------
@@ -93,6 +96,10 @@ class SubModelStrategy(Strategy):
         """Say what each of ``clients`` is asked for; a client left out is not asked this round."""
         return {partition_id: Order() for partition_id in clients}
 
+    def follow_up(self, server_round: int) -> dict[int, Order]:
+        """What to ask further in the same round, told after the answers to everything asked before; {} closes it."""
+        return {}
+
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Learn from a valid answer (update times, label counts) before it is weighed."""
 
@@ -115,6 +122,10 @@ class SubModelStrategy(Strategy):
     def evaluation_order(self, partition_id: int) -> Order:
         """What a client would deploy, and what it needs to be asked to test it."""
         return Order()
+
+    def judge(self, report: Report) -> Report:
+        """Finish a client's test that it could only begin; a ``ValueError`` leaves the client out."""
+        return report
 
     def export_state(self) -> dict[str, Any]:
         """The method's own state for a checkpoint: JSON values, and tensors in dicts."""
@@ -167,7 +178,7 @@ class SubModelStrategy(Strategy):
         try:
             for server_round in range(progress.server_round + 1, num_rounds + 1):
                 num_merged = self._round(exchange, server_round)
-                num_empty = 0 if num_merged else num_empty + 1
+                num_empty = 0 if num_merged or num_merged is None else num_empty + 1
                 if num_empty >= self.loop.max_empty_rounds:
                     raise RunStoppedError(
                         f"no usable answer in {num_empty} rounds in a row; the event log has the reasons, and the last "
@@ -175,7 +186,8 @@ class SubModelStrategy(Strategy):
                     )
                 progress.server_round, progress.now_s = server_round, exchange.now_s
                 progress.next_dispatch = exchange.next_dispatch
-                if server_round % self.setting.evaluate_every == 0 or server_round == num_rounds:
+                is_due = server_round % self.setting.evaluate_every == 0 and num_merged is not None
+                if is_due or server_round == num_rounds:
                     self._evaluate(exchange, server_round, result, evaluate_fn)
                 progress.held = [] if self.loop.is_barrier or not exchange.is_virtual else exchange.held()
                 self.keep(progress, self.export_state())
@@ -190,22 +202,31 @@ class SubModelStrategy(Strategy):
             return GridTransport(grid, self.setting.job.num_clients, window, self.setting.reply_timeout_s)
         return grid
 
-    def _round(self, exchange: Exchange, server_round: int) -> int:
-        """One round: ask, collect, merge. Returns the number of answers merged."""
+    def _round(self, exchange: Exchange, server_round: int) -> int | None:
+        """One round: ask, collect, merge. Returns the number of answers merged; None if the method asked nobody."""
         progress = self.progress
         start_s = exchange.now_s
         self._extracted.clear()
         self._num_merged = 0
-        for partition_id, order in self.plan(server_round, self._ask(exchange, server_round)).items():
-            self._dispatch(exchange, server_round, partition_id, order)
+        self._kept_dispatch = dict(progress.last_dispatch)
+        clients = self._ask(exchange, server_round)
+        orders = self.plan(server_round, clients)
+        if clients and not orders and not exchange.busy():
+            return None
         mean = MaskedMean(progress.state, self.layout)
-        rows, cpu_s = [], 0.0
-        for arrival in self._arrivals(exchange, start_s):
-            began = time.process_time()
-            rows.append(self._take(arrival, mean))
-            cpu_s += time.process_time() - began
-        exchange.advance_to(max((row["finish_s"] for row in rows), default=start_s))
-        for row in sorted(rows, key=lambda row: (row["finish_s"], row["partition_id"])):
+        taken: dict[int, list[dict[str, Any]]] = {}
+        cpu_s, is_open = 0.0, True
+        while is_open:
+            for partition_id, order in orders.items():
+                self._dispatch(exchange, server_round, partition_id, order)
+            for arrival in self._arrivals(exchange, start_s):
+                began = time.process_time()
+                taken.setdefault(arrival.entry.partition_id, []).append(self._take(arrival, mean))
+                cpu_s += time.process_time() - began
+            exchange.advance_to(max((row["finish_s"] for rows in taken.values() for row in rows[-1:]), default=start_s))
+            orders = self.follow_up(server_round)
+            is_open = bool(orders)
+        for row in sorted(map(combined_row, taken.values()), key=lambda row: (row["finish_s"], row["partition_id"])):
             self.listen({"event": "arrival", "server_round": server_round, **row})
         began = time.process_time()
         merged = self.merge(mean) if self._num_merged else None
@@ -252,6 +273,8 @@ class SubModelStrategy(Strategy):
             objective=order.objective,
             settings=order.settings,
             last_dispatch=self.progress.last_dispatch.get(partition_id, -1),
+            kept_dispatch=self._kept_dispatch.get(partition_id, -1),
+            is_partial=order.travels is not None,
             wants_delta=wants_delta,
         )
         entry = Entry(
@@ -261,7 +284,10 @@ class SubModelStrategy(Strategy):
 
         def make(dispatch: int) -> Instruction:
             return replace(
-                blank, dispatch=dispatch, state=self._extract(state, order.spec), companions=order.companions()
+                blank,
+                dispatch=dispatch,
+                state=order.pick(self._extract(state, order.spec)),
+                companions=order.companions(),
             )
 
         return exchange.dispatch(make, lambda dispatch: replace(entry, dispatch=dispatch))
@@ -331,7 +357,7 @@ class SubModelStrategy(Strategy):
     ) -> None:
         progress = self.progress
         where = {"server_round": server_round, "global_version": progress.global_version, "time_s": exchange.now_s}
-        if self.setting.evaluate is not None:
+        if self.setting.evaluate is not None and self.has_global_model:
             is_due = server_round % self.setting.family_every == 0 or server_round == self.setting.job.num_rounds
             row = self.setting.evaluate(progress.state, self.family() if is_due else {})
             self.listen({"event": "evaluation", "where": "central", **where, **row})
@@ -342,7 +368,7 @@ class SubModelStrategy(Strategy):
             metrics = evaluate_fn(server_round, ArrayRecord(progress.state))
             if metrics is not None:
                 result.evaluate_metrics_serverapp[server_round] = metrics
-        if self.setting.evaluate_clients:
+        if self.setting.evaluate_clients or not self.has_global_model:
             row = self._evaluate_clients(exchange, server_round)
             if row:
                 self.listen({"event": "evaluation", "where": "federated", **where, **row})
@@ -363,16 +389,18 @@ class SubModelStrategy(Strategy):
                 server_round=server_round,
                 global_version=self.progress.global_version,
                 job=self.setting.job,
-                state=self._extract(self.progress.state, order.spec),
+                state=order.pick(self._extract(self.progress.state, order.spec)),
                 spec=order.spec,
                 objective=order.objective,
-                settings=order.settings,
+                settings={**order.settings, "own-classes": True} if self.setting.own_classes else order.settings,
                 companions=order.companions(),
                 last_dispatch=self.progress.last_dispatch.get(pid, -1),
+                is_partial=order.travels is not None,
             )
             for pid, order in orders.items()
         ]
-        reports = [answer for answer in exchange.ask_aside(instructions) if isinstance(answer, Report)]
+        answers = [answer for answer in exchange.ask_aside(instructions) if isinstance(answer, Report)]
+        reports = self._judged(answers, server_round)
         total = sum(report.num_examples for report in reports)
         if not total:
             return {}
@@ -380,10 +408,21 @@ class SubModelStrategy(Strategy):
             "accuracy": sum(r.metrics["accuracy"] * r.num_examples for r in reports) / total,
             "loss": sum(r.metrics["loss"] * r.num_examples for r in reports) / total,
             "num_examples": total,
+            "download_bytes": sum(map(payload_bytes, instructions)),
+            "upload_bytes": sum(map(payload_bytes, answers)),
             "clients": {
                 str(r.partition_id): r.metrics["accuracy"] for r in sorted(reports, key=lambda r: r.partition_id)
             },
         }
+
+    def _judged(self, answers: Sequence[Report], server_round: int) -> list[Report]:
+        reports = []
+        for answer in answers:
+            try:
+                reports.append(self.judge(answer))
+            except ValueError as error:
+                self.warn(server_round, f"the test of client {answer.partition_id} was turned away: {error}")
+        return reports
 
     # --- Flower's own loop is not used ------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from fleet.clock import DurationModel
 from pruning.cost import CostModel
@@ -82,12 +83,18 @@ class Order:
     spec : the sub-model it gets.
     objective, settings : what it minimises.
     companions : makes the tensors that go with the weights, when the request is sent.
+    travels : which entries of the sub-model go to the client; None for all.
     """
 
     spec: SubModelSpec = FULL
     objective: str = "cross-entropy"
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     companions: Callable[[], State] = dict
+    travels: Callable[[str], bool] | None = None
+
+    def pick(self, state: State) -> State:
+        """What of an extracted sub-model is sent."""
+        return state if self.travels is None else {k: t for k, t in state.items() if self.travels(k)}
 
 
 Listener = Callable[[dict[str, Any]], None]
@@ -102,11 +109,13 @@ class Setting:
     ----------
     job : what clients are told about model, data and training.
     layout, cost : of the global model.
+    network : the global model without storage; image_shape: what it reads, [channels, height, width].
     loop : who, when and with what weight.
     durations : of the simulated fleet; None in deployment.
     evaluate : central evaluation of (state, family of named specs), every ``evaluate_every`` rounds; None for none.
         The family is shown every ``family_every`` rounds.
     evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
+    own_classes : whether a client's test counts only the classes that it has as possible answers.
     """
 
     job: Job
@@ -116,9 +125,12 @@ class Setting:
     durations: DurationModel | None = None
     evaluate: Evaluator | None = None
     evaluate_clients: bool = False
+    own_classes: bool = False
     evaluate_every: int = 1
     family_every: int = 1
     reply_timeout_s: float = 600.0
+    network: nn.Module | None = None
+    image_shape: tuple[int, ...] = ()
 
 
 @dataclass

@@ -80,7 +80,9 @@ class TrainConfig:
     batch_size : examples a step.
     learning_rate : of the first round.
     schedule : ``constant``, or ``cosine`` to zero over the run's rounds.
-    momentum, nesterov, weight_decay : of SGD.
+    optimizer : ``sgd`` or ``adam``.
+    momentum, nesterov : of SGD.
+    weight_decay : of either.
     label_smoothing : in [0, 1).
     sparsity : factor of the regulariser on BatchNorm scales (never on their biases).
     sparsity_norm : ``l1``, or ``group-lasso`` over all weights of each unit.
@@ -93,6 +95,7 @@ class TrainConfig:
     batch_size: int = 32
     learning_rate: float = 0.05
     schedule: str = "cosine"
+    optimizer: str = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
@@ -115,6 +118,7 @@ class TrainConfig:
         require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, ">= 0")
         for key, value, choices in (
             ("schedule", self.schedule, ("constant", "cosine")),
+            ("optimizer", self.optimizer, ("sgd", "adam")),
             ("sparsity-norm", self.sparsity_norm, ("l1", "group-lasso")),
             ("augment", self.augment, ("none", "flip-shift")),
             ("device", self.device, ("cpu", "cuda", "auto")),
@@ -181,6 +185,8 @@ class Instruction:
     spec : what the client keeps; ``state`` is the extracted sub-model.
     objective : name of what the client minimises, with its ``settings``.
     last_dispatch : the client's last request whose reply was merged; its own state continues from there. -1 for none.
+    kept_dispatch : the same as of the last checkpoint, to which a run may have to go back. -1 for none.
+    is_partial : ``state`` lacks entries of the sub-model on purpose: the client has them itself, or does without.
     wants_delta : answer with the difference to ``state`` instead of the trained values.
     companions : tensors that the objective needs beside the weights.
     """
@@ -196,6 +202,8 @@ class Instruction:
     objective: str = "cross-entropy"
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     last_dispatch: int = -1
+    kept_dispatch: int = -1
+    is_partial: bool = False
     wants_delta: bool = False
     companions: State = field(default_factory=dict)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from client_app.objectives.base import Findings, Loss, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.base import Findings, Fitted, Loss, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.nested import nested
@@ -62,6 +62,7 @@ __all__ = [
     "CORRECTIONS",
     "OBJECTIVES",
     "Findings",
+    "Fitted",
     "Loss",
     "Objective",
     "ObjectiveError",

@@ -38,6 +38,9 @@ class Task:
     examples : the client's training examples; None when the client only evaluates.
     learning_rate : of this round.
     generator : the request's random numbers.
+    build : makes the whole model with fresh weights, drawn from torch's generator, and its layout.
+    load_draft, save_draft : work that the objective saved in the middle of a request, and how it does; for work that
+        depends on no answer being merged, so that it survives the server.
     """
 
     model: nn.Module
@@ -52,6 +55,9 @@ class Task:
     examples: Examples | None = None
     learning_rate: float = 0.0
     generator: torch.Generator = field(default_factory=torch.Generator)
+    build: Callable[[], tuple[nn.Module, Layout]] | None = None
+    load_draft: Callable[[], Mapping[str, Any]] = dict
+    save_draft: Callable[[dict[str, Any]], None] = lambda draft: None
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Findings:
     memory : what the objective wants to find again in ``Task.memory``; survives the process and a resume. Tensors,
         numbers, strings, and lists and dicts of them.
     metrics : further numbers for the event log.
+    state : entries to report, where that is not all of the model's.
     narrowed : what of the full model the trained module is, where the objective made it smaller than what was sent.
     train_macs : executed by everything, where the objective knows better than one pass per example.
     peak_memory_bytes : of what the objective did before the training that the handler measures.
@@ -72,9 +79,20 @@ class Findings:
     companions: State = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    state: State | None = None
     narrowed: SubModelSpec | None = None
     train_macs: float | None = None
     peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training came to: metrics over all batches, peak memory in bytes, examples seen, steps made."""
+
+    metrics: dict[str, float]
+    memory_bytes: int
+    num_seen: int
+    num_steps: int
 
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -94,6 +112,8 @@ class Objective:
     extra : further networks that every batch passes through, forward and backward.
     correct : changes the gradients between the backward pass and the step.
     finish : told the number of steps made, says what there is to say.
+    train : trains in a way of its own (own optimiser, own steps) instead of the handler's loop over all batches.
+    examine : tests in a way of its own; the metrics, and what the server needs to finish the test.
     """
 
     model: nn.Module
@@ -103,6 +123,8 @@ class Objective:
     extra: tuple[nn.Module, ...] = ()
     correct: Callable[[], None] = lambda: None
     finish: Callable[[int], Findings] = lambda num_steps: Findings()
+    train: Callable[[Examples], Fitted] | None = None
+    examine: Callable[[Examples], Findings] | None = None
 
 
 def last_logits(output: Tensor | Sequence[Tensor]) -> Tensor:
