@@ -23,11 +23,12 @@ from pruning.extract import extract
 from pruning.merge import AggregateResult, MaskedMean, is_finite
 from pruning.spec import SubModelSpec
 from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row
+from strategies.client_tests import ask_tests
 from strategies.exchange import Arrival, Entry, Exchange, Transport
 from strategies.setting import Listener, Order, Progress, Setting, staleness_weight
 from wire.flat import refuse
 from wire.grid import GridTransport
-from wire.message import Failure, Instruction, Report, State, payload_bytes
+from wire.message import Failure, Instruction, Report, State
 
 logger = logging.getLogger(__name__)
 
@@ -380,9 +381,11 @@ class SubModelStrategy(Strategy):
         """Every free client tests its own sub-model on its own test part; takes no time on the run's clock."""
         busy = exchange.busy()
         free = [pid for pid in exchange.transport.clients() if pid not in busy]
-        orders = {pid: self.evaluation_order(pid) for pid in free}
-        instructions = [
-            Instruction(
+
+        def instruct(pid: int) -> Instruction:
+            order = self.evaluation_order(pid)
+            own = {"own-classes": True} if self.setting.own_classes else {}
+            return Instruction(
                 action="evaluate",
                 dispatch=EVALUATION_DISPATCH + server_round * self.setting.job.num_clients + pid,
                 partition_id=pid,
@@ -392,37 +395,16 @@ class SubModelStrategy(Strategy):
                 state=order.pick(self._extract(self.progress.state, order.spec)),
                 spec=order.spec,
                 objective=order.objective,
-                settings={**order.settings, "own-classes": True} if self.setting.own_classes else order.settings,
+                settings={**order.settings, **own},
                 companions=order.companions(),
                 last_dispatch=self.progress.last_dispatch.get(pid, -1),
                 is_partial=order.travels is not None,
             )
-            for pid, order in orders.items()
-        ]
-        answers = [answer for answer in exchange.ask_aside(instructions) if isinstance(answer, Report)]
-        reports = self._judged(answers, server_round)
-        total = sum(report.num_examples for report in reports)
-        if not total:
-            return {}
-        return {
-            "accuracy": sum(r.metrics["accuracy"] * r.num_examples for r in reports) / total,
-            "loss": sum(r.metrics["loss"] * r.num_examples for r in reports) / total,
-            "num_examples": total,
-            "download_bytes": sum(map(payload_bytes, instructions)),
-            "upload_bytes": sum(map(payload_bytes, answers)),
-            "clients": {
-                str(r.partition_id): r.metrics["accuracy"] for r in sorted(reports, key=lambda r: r.partition_id)
-            },
-        }
 
-    def _judged(self, answers: Sequence[Report], server_round: int) -> list[Report]:
-        reports = []
-        for answer in answers:
-            try:
-                reports.append(self.judge(answer))
-            except ValueError as error:
-                self.warn(server_round, f"the test of client {answer.partition_id} was turned away: {error}")
-        return reports
+        def turn_away(report: Report, error: ValueError) -> None:
+            self.warn(server_round, f"the test of client {report.partition_id} was turned away: {error}")
+
+        return ask_tests(exchange, [instruct(pid) for pid in free], self.judge, turn_away)
 
     # --- Flower's own loop is not used ------------------------------------------------------------------------------
 

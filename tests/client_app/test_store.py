@@ -54,3 +54,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
         store.save(2, 1, {"value": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["000001-000000000001.pt"]
     assert store.load(1) == {"value": 1}
+
+
+def test_a_round_of_several_requests_keeps_what_the_last_checkpoint_needs(tmp_path):
+    store = ClientStore(str(tmp_path), 1)
+    store.save(1, -1, {"value": 1})
+    for dispatch in (5, 6, 7):  # 1 is in the checkpoint; 5 and 6 are merged in the same round
+        store.save(dispatch, dispatch - 1 if dispatch > 5 else 1, {"value": dispatch}, kept_dispatch=1)
+    assert [store.load(n).get("value") for n in (1, 5, 6, 7)] == [1, None, 6, 7]
+
+
+def test_a_draft_is_kept_beside_the_memories_and_belongs_to_one_client(tmp_path):
+    store = ClientStore(str(tmp_path), 1)
+    assert store.load_draft() == {}
+    store.save_draft({"round": 3})
+    store.save(1, -1, {"value": 1})
+    store.save(2, 1, {"value": 2})
+    assert store.load_draft() == {"round": 3}
+    assert ClientStore(str(tmp_path), 2).load_draft() == {}

@@ -20,7 +20,7 @@ from strategies import FedAvg
 from strategies.base import RunStoppedError
 from strategies.exchange import Arrival, Entry, Exchange
 from strategies.fedavg import FedAvgConfig
-from strategies.setting import LoopConfig, Setting, staleness_weight
+from strategies.setting import LoopConfig, Order, Setting, staleness_weight
 from tests.runs import final_state, select, tiny_run
 from wire.flat import ConfigError, refuse
 from wire.local import LocalTransport
@@ -38,7 +38,7 @@ def echo(instruction: Instruction) -> Report:
 
 
 def simulate(
-    loop: LoopConfig, num_rounds: int, handler: Callable = echo, num_clients: int = 4, **changes
+    loop: LoopConfig, num_rounds: int, handler: Callable = echo, num_clients: int = 4, strategy=FedAvg, **changes
 ) -> list[dict]:
     """Rows of a FedAvg run without data: ``num_clients`` devices whose update times are spaced evenly from 1 to 5."""
     torch.manual_seed(0)
@@ -52,8 +52,8 @@ def simulate(
         durations=DurationModel(fleet, seed=0, noise=0.0),
     )
     rows: list[dict] = []
-    strategy = FedAvg(FedAvgConfig(), replace(setting, **changes), rows.append)
-    strategy.start(LocalTransport(handler, num_clients), ArrayRecord(model.state_dict()), num_rounds)
+    made = strategy(FedAvgConfig(), replace(setting, **changes), rows.append)
+    made.start(LocalTransport(handler, num_clients), ArrayRecord(model.state_dict()), num_rounds)
     return [{"event": row["event"], **row} for row in rows]
 
 
@@ -328,3 +328,38 @@ def test_what_is_asked_aside_takes_no_time_and_mixes_with_nothing():
     arrival = exchange.next_arrival()
     assert arrival is not None
     assert arrival.entry.partition_id == 2
+
+
+def test_a_round_may_have_several_requests_and_is_one_row_a_client():
+    class Twice(FedAvg):
+        name = "twice"
+
+        def plan(self, server_round, clients):
+            self.left = 2
+            return super().plan(server_round, clients)
+
+        def follow_up(self, server_round):
+            self.left -= 1
+            return {pid: Order() for pid in (0, 1)} if self.left else {}
+
+    rows = simulate(LoopConfig(), 1, strategy=Twice)
+    times = device_times()
+    arrivals = {row["partition_id"]: row for row in select(rows, "arrival")}
+    assert [row.get("num_requests", 1) for _, row in sorted(arrivals.items())] == [2, 2, 1, 1]
+    barrier = max(times.values())
+    for pid, row in arrivals.items():
+        assert row["update_time_s"] == pytest.approx(times[pid] * (2 if pid < 2 else 1))
+        assert row["train_macs"] == NUM_MACS * (2 if pid < 2 else 1)
+        assert row["finish_s"] == pytest.approx(times[pid] + (barrier if pid < 2 else 0))
+    assert select(rows, "merge")[0]["time_s"] == pytest.approx(barrier + max(times[0], times[1]))
+
+
+def test_a_round_in_which_the_method_asks_nobody_is_not_an_empty_one():
+    class Idle(FedAvg):
+        name = "idle"
+
+        def plan(self, server_round, clients):
+            return super().plan(server_round, clients) if server_round == 5 else {}
+
+    rows = simulate(LoopConfig(max_empty_rounds=1), 6, strategy=Idle)
+    assert [row["server_round"] for row in select(rows, "merge")] == [5]
