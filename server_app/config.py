@@ -11,7 +11,7 @@ from typing import Any
 
 from strategies import STRATEGIES
 from strategies.setting import LoopConfig
-from wire.flat import ConfigError, Scalar, cast_scalar, from_flat, known_keys, nearest, require, to_flat
+from wire.flat import ConfigError, Scalar, cast_scalar, from_flat, known_keys, nearest, require, require_choice, to_flat
 from wire.message import CompressionConfig, DataConfig, ModelConfig, TrainConfig
 
 
@@ -58,8 +58,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        places = ("central", "federated", "both")
-        require(self.where in places, "where", self.where, " or ".join(map(repr, places)))
+        require_choice("where", self.where, ("central", "federated", "both"))
         require(self.every >= 1, "every", self.every, ">= 1")
         require(self.family_every >= 1, "family-every", self.family_every, ">= 1")
         require(0 < self.calibration < 1, "calibration", self.calibration, "in (0, 1)")

@@ -24,7 +24,7 @@ from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Arrival
 from strategies.setting import Order
-from wire.flat import require
+from wire.flat import require, require_choice
 from wire.grid import spec_to_json
 from wire.message import Report
 
@@ -66,14 +66,11 @@ class AdaptCLConfig:
         require(0 < self.layer_bound <= 1, "layer-bound", self.layer_bound, "in (0, 1]")
         require(0 < self.coverage_threshold <= 1, "coverage-threshold", self.coverage_threshold, "in (0, 1]")
         require(self.round_to >= 1, "round-to", self.round_to, ">= 1")
-        for key, value, choices in (
-            ("importance", self.importance, tuple(m for m in METHODS if m != "taylor")),
-            ("order", self.order, ("constant", "refreshed")),
-            ("scope", self.scope, ("bounded", "global", "per-layer")),
-            ("local-objective", self.local_objective, ("plain", "nested")),
-            ("aggregation", self.aggregation, ("by-worker", "by-unit", "by-worker-residual", "by-coverage")),
-        ):
-            require(value in choices, key, value, " or ".join(map(repr, choices)))
+        require_choice("importance", self.importance, tuple(m for m in METHODS if m != "taylor"))
+        require_choice("order", self.order, ("constant", "refreshed"))
+        require_choice("scope", self.scope, ("bounded", "global", "per-layer"))
+        require_choice("local-objective", self.local_objective, ("plain", "nested"))
+        require_choice("aggregation", self.aggregation, ("by-worker", "by-unit", "by-worker-residual", "by-coverage"))
 
 
 class AdaptCL(SubModelStrategy):

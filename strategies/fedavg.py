@@ -13,7 +13,7 @@ from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.setting import Order
-from wire.flat import require
+from wire.flat import require, require_choice
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class FedAvgConfig:
     def __post_init__(self) -> None:
         """Check every range."""
         require(0 < self.retention_ratio <= 1, "retention-ratio", self.retention_ratio, "in (0, 1]")
-        measures = ("width", "prunable", "parameters", "macs", "bytes")
-        require(self.measure in measures, "measure", self.measure, " or ".join(measures))
+        require_choice("measure", self.measure, ("width", "prunable", "parameters", "macs", "bytes"))
 
 
 class FedAvg(SubModelStrategy):

@@ -19,7 +19,7 @@ from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
 from strategies.setting import Order
-from wire.flat import refuse, require
+from wire.flat import refuse, require, require_choice
 from wire.message import Report
 
 
@@ -43,8 +43,7 @@ class HeteroFLConfig:
         """Check every range."""
         is_good = all(_is_ratio(part) for part in self.rates.split(","))
         require(is_good, "rates", self.rates, "retention ratios in (0, 1], comma-separated")
-        kinds = ("capability", "cycle", "dynamic")
-        require(self.assignment in kinds, "assignment", self.assignment, " or ".join(kinds))
+        require_choice("assignment", self.assignment, ("capability", "cycle", "dynamic"))
 
 
 def _is_ratio(text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -94,6 +94,11 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
     """Raise ``ConfigError`` saying what was expected of ``key`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(f"{key}: got {value!r}, expected {expected}")
+
+
+def require_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ``ConfigError`` with the nearest choice unless ``value`` is one of ``choices``."""
+    require(value in choices, key, value, " or ".join(map(repr, choices)) + nearest(value, choices))
 
 
 def refuse(condition: bool, keys: str, reason: str) -> None:

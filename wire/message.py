@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pruning.spec import FULL, SubModelSpec
-from wire.flat import Scalar, require
+from wire.flat import Scalar, require, require_choice
 
 State = Mapping[str, Tensor]
 
@@ -116,14 +116,11 @@ class TrainConfig:
         require(0 <= self.label_smoothing < 1, "label-smoothing", self.label_smoothing, "in [0, 1)")
         require(self.sparsity >= 0, "sparsity", self.sparsity, ">= 0")
         require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, ">= 0")
-        for key, value, choices in (
-            ("schedule", self.schedule, ("constant", "cosine")),
-            ("optimizer", self.optimizer, ("sgd", "adam")),
-            ("sparsity-norm", self.sparsity_norm, ("l1", "group-lasso")),
-            ("augment", self.augment, ("none", "flip-shift")),
-            ("device", self.device, ("cpu", "cuda", "auto")),
-        ):
-            require(value in choices, key, value, " or ".join(map(repr, choices)))
+        require_choice("schedule", self.schedule, ("constant", "cosine"))
+        require_choice("optimizer", self.optimizer, ("sgd", "adam"))
+        require_choice("sparsity-norm", self.sparsity_norm, ("l1", "group-lasso"))
+        require_choice("augment", self.augment, ("none", "flip-shift"))
+        require_choice("device", self.device, ("cpu", "cuda", "auto"))
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        require(self.kind in ("none", "dgc"), "kind", self.kind, "'none' or 'dgc'")
+        require_choice("kind", self.kind, ("none", "dgc"))
         require(0 < self.density <= 1, "density", self.density, "in (0, 1]")
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
 
