@@ -198,7 +198,7 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
             num_seen += len(y)
             num_steps += 1
     metrics = {"loss": total_loss / num_seen, "accuracy": num_correct / num_seen}
-    return Fitted(metrics, meter.peak_bytes, num_seen, num_steps)
+    return Fitted(metrics, meter.peak_bytes + objective.kept_bytes, num_seen, num_steps)
 
 
 def examine(task: Task, objective: Objective, examples: Examples) -> Findings:

@@ -72,10 +72,12 @@ class CostModel:
     ----------
     layout : whose specs are priced.
     terms : quantity -> its terms.
+    trainable : state-dict keys of the parameters; the others are buffers.
     """
 
     layout: Layout
     terms: Mapping[str, tuple[Term, ...]]
+    trainable: frozenset[str]
 
     def of(self, spec: SubModelSpec) -> Cost:
         """Price of one spec."""
@@ -158,7 +160,7 @@ def measure_costs(model: nn.Module, layout: Layout, example: Tensor) -> CostMode
     for saved in trace.saved:
         axis, size = factors(saved.key)[saved.dim], tensors[saved.key].shape[saved.dim]
         terms["activation_bytes"].append(Term(saved.bytes / size, (axis,), layout.block_of(saved.key)))
-    return CostModel(layout, {name: tuple(items) for name, items in terms.items()})
+    return CostModel(layout, {name: tuple(items) for name, items in terms.items()}, frozenset(parameters))
 
 
 def _factor(size: int, axes: Sequence[tuple[int, int, Axis]]) -> Factor:

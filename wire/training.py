@@ -1,4 +1,4 @@
-"""What ``TrainConfig`` means for whoever trains: the optimiser and the schedule, the same on clients and server."""
+"""What ``TrainConfig`` means for whoever trains: optimiser, schedule, and how far steps go; the same on both sides."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from wire.message import TrainConfig
+
+VARIATE = "variate:"
+"""Prefix of the companions that carry SCAFFOLD's control variates: c down, the change of c_i up."""
 
 
 def make_optimizer(
@@ -31,3 +34,28 @@ def learning_rate(config: TrainConfig, server_round: int, num_rounds: int) -> fl
         return config.learning_rate
     progress = torch.tensor(torch.pi * (server_round - 1) / max(1, num_rounds))
     return config.learning_rate * 0.5 * (1 + float(torch.cos(progress)))
+
+
+def step_sum(num_steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
+    """How far ``num_steps`` steps of SGD go along a constant gradient, in units of learning rate times gradient.
+
+    This is ``||a_i||_1`` of FedNova (Wang et al. 2020, arXiv 2007.07481, section 4): an update is ``-eta sum_k a_ik
+    g_k``. Plain SGD: the number of steps. Momentum beta: ``(K - beta (1 - beta^K) / (1 - beta)) / (1 - beta)``.
+    Proximal: ``(1 - (1 - pull)^K) / pull``. What torch's SGD does under both at once is the recursion below.
+
+    Parameters
+    ----------
+    momentum, nesterov : of torch's SGD.
+    pull : learning rate times mu of a proximal term, >= 0.
+    """
+    velocity, distance = 0.0, 0.0
+    for _ in range(num_steps):
+        gradient = 1.0 - pull * distance
+        velocity = momentum * velocity + gradient
+        distance += gradient + momentum * velocity if nesterov else velocity
+    return distance
+
+
+def local_distance(config: TrainConfig, num_steps: int, rate: float, mu: float = 0.0) -> float:
+    """``step_sum`` of a client's round: under its optimiser, at learning rate ``rate``, with a proximal ``mu``."""
+    return step_sum(num_steps, config.momentum, config.nesterov and config.momentum > 0, rate * mu)

@@ -12,6 +12,7 @@ from typing import TypeVar
 from client_app.objectives.base import Findings, Fitted, Loss, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
+from client_app.objectives.drift import proximal, variates
 from client_app.objectives.nested import nested
 from client_app.objectives.sparsity import sparse
 from wire.flat import nearest
@@ -28,7 +29,9 @@ OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
 """Every base by the name that instructions use."""
 
 CORRECTIONS: Mapping[str, Callable[[Task, Objective], Objective]] = {
+    "proximal": proximal,
     "sparse": sparse,
+    "variates": variates,
 }
 """Every correction by the name that instructions use; ``train.sparsity`` adds ``sparse`` by itself."""
 

@@ -110,6 +110,8 @@ class Objective:
     predict : images [batch, ...] -> logits [batch, num_classes], for evaluation; None: the deepest exit of ``model``.
     beside : parameters that are trained with the model's and stay on the client.
     extra : further networks that every batch passes through, forward and backward.
+    narrowed : what of the full model ``model`` is, where the base chose a part of it before training.
+    kept_bytes : of the tensors that are kept through training beside the model (anchors, variates).
     correct : changes the gradients between the backward pass and the step.
     finish : told the number of steps made, says what there is to say.
     train : trains in a way of its own (own optimiser, own steps) instead of the handler's loop over all batches.
@@ -121,6 +123,8 @@ class Objective:
     predict: Callable[[Tensor], Tensor] | None = None
     beside: tuple[nn.Parameter, ...] = ()
     extra: tuple[nn.Module, ...] = ()
+    narrowed: SubModelSpec | None = None
+    kept_bytes: int = 0
     correct: Callable[[], None] = lambda: None
     finish: Callable[[int], Findings] = lambda num_steps: Findings()
     train: Callable[[Examples], Fitted] | None = None
