@@ -178,7 +178,7 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
     config = task.train
     parameters = [*objective.model.parameters(), *objective.beside]
     optimizer = make_optimizer(config, parameters, task.learning_rate)
-    meter = MemoryMeter(objective.model, config.momentum > 0 or config.optimizer == "adam")
+    meter = MemoryMeter(objective.model, config.momentum > 0 or config.optimizer == "adam", objective.varies)
     total_loss, num_correct, num_seen, num_steps = 0.0, 0, 0, 0
     for _ in range(config.local_epochs):
         for index in batches(len(train), config.batch_size, task.generator):

@@ -13,10 +13,11 @@ class MemoryMeter:
 
     Frozen weights (``requires_grad`` false) have neither gradient nor optimiser state.
 
-    Used as a context around the forward pass; counts the first, which is the largest batch, and then steps aside.
+    Used as a context around the forward pass; counts the first, which is the largest batch, and then steps aside, or
+    with ``every_pass`` finds the largest of all.
     """
 
-    def __init__(self, model: nn.Module, has_momentum: bool) -> None:
+    def __init__(self, model: nn.Module, has_momentum: bool, every_pass: bool = False) -> None:
         parameters = list(model.parameters())
         self._owned = {parameter.data_ptr() for parameter in parameters}
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in parameters]
@@ -25,7 +26,7 @@ class MemoryMeter:
         self.saved_bytes = 0
         self._seen: dict[int, int] = {}
         self._hooks: Any = None
-        self._is_done = False
+        self._every_pass, self._is_done = every_pass, False
 
     @property
     def peak_bytes(self) -> int:
@@ -40,7 +41,9 @@ class MemoryMeter:
     def __exit__(self, *error: object) -> None:
         if not self._is_done:
             self._hooks.__exit__(*error)
-            self.saved_bytes, self._is_done = sum(self._seen.values()), True
+            self.saved_bytes = max(self.saved_bytes, sum(self._seen.values()))
+            self._seen.clear()
+            self._is_done = not self._every_pass
 
     def _note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

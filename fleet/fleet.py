@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,12 @@ class Fleet:
 
     def __len__(self) -> int:
         return len(self.devices)
+
+    @cached_property
+    def speed_ranks(self) -> tuple[int, ...]:
+        """Rank of every client by the speed of its device, [num_clients]: the fastest 0, the lower id among equals."""
+        order = sorted(range(len(self)), key=lambda pid: (-self.devices[pid].train_flops, pid))
+        return tuple(int(rank) for rank in np.argsort(order))
 
     def __getitem__(self, partition_id: int) -> DeviceProfile:
         """Return the device of ``partition_id``; ``FleetError`` when there is none."""

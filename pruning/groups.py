@@ -116,6 +116,15 @@ class Layout:
         """The groups whose units a sub-model may leave out (the exact ones)."""
         return tuple(group for group in self.groups if group.exact)
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Depths behind which a head stands, shallowest first: more than one in a model with exits."""
+        return tuple(
+            number
+            for number, block in enumerate(self.blocks, start=1)
+            if any(not prefix.startswith(block.name + ".") for prefix in block.prefixes)
+        )
+
     def block_of(self, key: str) -> int | None:
         """Index of the block that owns ``key``; None for what every depth keeps."""
         for index, block in enumerate(self.blocks):

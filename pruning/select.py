@@ -1,7 +1,7 @@
 """Which units: widths under a retention ratio, and the units that fill them.
 
 Two questions, kept apart. *How many* units of each group: ``equal_widths`` cuts every group by the same fraction.
-*Which ones*: the first (``select_prefix``), a window that wanders (``select_rolling``), the best (``select_top``) or
+*Which ones*: the first (``select_prefix``), a window that wanders (``select_window``), the best (``select_top``) or
 any (``select_random``). ``NestedFamily`` answers both at once for a frozen global order, as AdaptCL needs it.
 """
 
@@ -78,12 +78,12 @@ def select_prefix(layout: Layout, widths: Mapping[str, int]) -> SubModelSpec:
     return _spec(layout, widths, {name: range(width) for name, width in widths.items()})
 
 
-def select_rolling(layout: Layout, widths: Mapping[str, int], server_round: int) -> SubModelSpec:
-    """Keep a window that starts one unit later each round and wraps around (FedRolex, Alam et al. 2022, eq. 4)."""
+def select_window(layout: Layout, widths: Mapping[str, int], starts: Mapping[str, int]) -> SubModelSpec:
+    """Keep a window of every group that starts at unit ``starts[group]`` and wraps around (see ``pruning.rolling``)."""
     kept = {}
     for name, width in widths.items():
         size = layout.by_name[name].size
-        kept[name] = [(server_round + i) % size for i in range(width)]
+        kept[name] = [(starts[name] + i) % size for i in range(width)]
     return _spec(layout, widths, kept)
 
 

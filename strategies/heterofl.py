@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from pruning.merge import MaskedMean
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
+from strategies.labels import check_classes, with_present_classes
+from strategies.levels import check_levels, level_of, read_ratios
 from strategies.setting import Order
-from wire.flat import refuse, require, require_choice
 from wire.message import Report
 
 
@@ -41,16 +40,7 @@ class HeteroFLConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        is_good = all(_is_ratio(part) for part in self.rates.split(","))
-        require(is_good, "rates", self.rates, "retention ratios in (0, 1], comma-separated")
-        require_choice("assignment", self.assignment, ("capability", "cycle", "dynamic"))
-
-
-def _is_ratio(text: str) -> bool:
-    try:
-        return 0 < float(text) <= 1
-    except ValueError:
-        return False
+        check_levels("rates", self.rates, self.assignment)
 
 
 class HeteroFL(SubModelStrategy):
@@ -62,12 +52,8 @@ class HeteroFL(SubModelStrategy):
 
     def check(self) -> None:
         """A merge by labels needs to know which rows of the model belong to which class."""
-        refuse(
-            self.config.mask_missing_labels and "classes" not in self.layout.by_name,
-            "heterofl.mask-missing-labels=true",
-            f"the layout of {self.setting.job.model.name!r} has no group 'classes' (a regression head, or a "
-            "traced model with its classifier undeclared); declare the group or set heterofl.mask-missing-labels=false",
-        )
+        if self.config.mask_missing_labels:
+            check_classes(self.layout, "heterofl.mask-missing-labels", self.setting.job.model.name)
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Each client's level for this round."""
@@ -76,36 +62,20 @@ class HeteroFL(SubModelStrategy):
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Merge only the classifier rows of classes the client has."""
-        mean.add(report.state, entry.spec, self.weigh(report, staleness), narrowed=self._present(entry.spec, report))
+        narrowed = with_present_classes(entry.spec, report) if self.config.mask_missing_labels else None
+        mean.add(report.state, entry.spec, self.weigh(report, staleness), narrowed=narrowed)
 
     def family(self) -> dict[str, SubModelSpec]:
         """Every level below the full model."""
-        return {f"{rate:g}": self._level(rate) for rate in self._rates() if rate < 1}
+        return {f"{rate:g}": self._level(rate) for rate in read_ratios(self.config.rates) if rate < 1}
 
     def evaluation_order(self, partition_id: int) -> Order:
         """The client's level; the first round's when levels are drawn."""
         return Order(self._level(self._rate(partition_id, 1)))
 
-    def _present(self, spec: SubModelSpec, report: Report) -> SubModelSpec | None:
-        present = [label for label, count in enumerate(report.label_counts) if count]
-        if not self.config.mask_missing_labels or "classes" not in self.layout.by_name or not present:
-            return None
-        return SubModelSpec.of({**spec.units, "classes": present}, spec.depth)
-
-    def _rates(self) -> list[float]:
-        return sorted((float(part) for part in self.config.rates.split(",")), reverse=True)
-
     def _rate(self, partition_id: int, server_round: int) -> float:
-        rates, num_clients = self._rates(), self.setting.job.num_clients
-        if self.config.assignment == "dynamic":
-            rng = np.random.default_rng((self.seed, server_round, partition_id))
-            return float(rng.choice(rates))
-        durations = self.setting.durations
-        if self.config.assignment == "cycle" or durations is None:
-            return rates[partition_id % len(rates)]
-        speeds = [device.train_flops for device in durations.fleet.devices]
-        rank = sorted(range(num_clients), key=lambda pid: (-speeds[pid], pid)).index(partition_id)
-        return rates[rank * len(rates) // num_clients]
+        rates = read_ratios(self.config.rates)
+        return rates[level_of(self.setting, self.config.assignment, len(rates), partition_id, server_round)]
 
     def _level(self, rate: float) -> SubModelSpec:
         return select_prefix(self.layout, equal_widths(self.layout, self.cost, rate, "width"))

@@ -19,10 +19,12 @@ def cnn(
     *,
     channels: Sequence[int] = (32, 64, 128),
     width: float = 1.0,
+    exits: bool = False,
 ) -> tuple[BlockChain, Layout]:
     """Three 3x3 convolutions with batch norm, global average pooling, linear: 94,762 parameters by default.
 
-    All stages but the last halve the image; pooling is adaptive, so digits of 8 x 8 work as well.
+    All stages but the last halve the image; pooling is adaptive, so digits of 8 x 8 work as well. With exits, every
+    stage has a pooled classifier behind it.
     Units: channels (``stage1``, ``stage2``, ``stage3``).
     """
     widths = [scale_width(c, width) for c in channels]
@@ -42,16 +44,19 @@ def cnn(
             layers["pool"] = nn.MaxPool2d(2)
         blocks.append(nn.Sequential(layers))
         before = after
-    model = BlockChain(nn.Identity(), blocks, [PooledHead(before, num_classes)])
-    readers = [f"blocks.{i}.conv" for i in range(1, len(widths))] + ["heads.0.linear"]
-    groups = [
-        Group(f"stage{i + 1}", size, rows(f"blocks.{i}.conv") + batch_norm(f"blocks.{i}.norm") + columns(readers[i]))
-        for i, size in enumerate(widths)
-    ]
-    layout = Layout(
-        (*groups, classes(num_classes, "heads.0.linear")), declare_blocks(len(widths), {len(widths) - 1: 0})
-    )
-    return model, layout
+    last = len(widths) - 1
+    behind = {i: j for j, i in enumerate(range(len(widths)) if exits else [last])}
+    heads = [PooledHead(widths[i], num_classes) for i in behind]
+    model = BlockChain(nn.Identity(), blocks, heads, tuple(behind) if exits else ())
+    groups = []
+    for i, size in enumerate(widths):
+        readers = [f"blocks.{i + 1}.conv"] if i < last else []
+        readers += [f"heads.{behind[i]}.linear"] if i in behind else []
+        axes = [axis for reader in readers for axis in columns(reader)]
+        own = rows(f"blocks.{i}.conv") + batch_norm(f"blocks.{i}.norm")
+        groups.append(Group(f"stage{i + 1}", size, (*own, *axes)))
+    classifiers = classes(num_classes, *(f"heads.{j}.linear" for j in behind.values()))
+    return model, Layout((*groups, classifiers), declare_blocks(len(widths), behind))
 
 
 def lenet(num_classes: int, in_channels: int, image_size: int, *, width: float = 1.0) -> tuple[BlockChain, Layout]:

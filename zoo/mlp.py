@@ -13,9 +13,18 @@ from zoo.declare import classes, columns, declare_blocks, rows, scale_width
 
 
 def mlp(
-    num_classes: int, in_channels: int, image_size: int, *, hidden: Sequence[int] = (200, 200), width: float = 1.0
+    num_classes: int,
+    in_channels: int,
+    image_size: int,
+    *,
+    hidden: Sequence[int] = (200, 200),
+    width: float = 1.0,
+    exits: bool = False,
 ) -> tuple[BlockChain, Layout]:
-    """Flatten, ``hidden`` layers with ReLU, classifier. Units: hidden neurons (``hidden0``, ``hidden1``, ...)."""
+    """Flatten, ``hidden`` layers with ReLU, classifier; with exits, a classifier behind every layer.
+
+    Units: hidden neurons (``hidden0``, ``hidden1``, ...).
+    """
     widths = [scale_width(h, width) for h in hidden]
     if not widths:
         raise ValueError("mlp: hidden must name at least one layer width, got none, e.g. hidden=(200, 200)")
@@ -23,10 +32,14 @@ def mlp(
     blocks = [
         nn.Sequential(OrderedDict(linear=nn.Linear(i, o), relu=nn.ReLU())) for i, o in zip(inputs, widths, strict=True)
     ]
-    model = BlockChain(nn.Flatten(), blocks, [nn.Linear(widths[-1], num_classes)])
-    names = [f"blocks.{i}.linear" for i in range(len(widths))] + ["heads.0"]
-    groups = [
-        Group(f"hidden{i}", size, rows(names[i], bias=True) + columns(names[i + 1])) for i, size in enumerate(widths)
-    ]
     last = len(widths) - 1
-    return model, Layout((*groups, classes(num_classes, "heads.0")), declare_blocks(len(widths), {last: 0}))
+    behind = {i: j for j, i in enumerate(range(len(widths)) if exits else [last])}
+    heads = [nn.Linear(widths[i], num_classes) for i in behind]
+    model = BlockChain(nn.Flatten(), blocks, heads, tuple(behind) if exits else ())
+    groups = []
+    for i, size in enumerate(widths):
+        readers = ([f"blocks.{i + 1}.linear"] if i < last else []) + ([f"heads.{behind[i]}"] if i in behind else [])
+        axes = [axis for reader in readers for axis in columns(reader)]
+        groups.append(Group(f"hidden{i}", size, (*rows(f"blocks.{i}.linear", bias=True), *axes)))
+    classifiers = classes(num_classes, *(f"heads.{j}" for j in behind.values()))
+    return model, Layout((*groups, classifiers), declare_blocks(len(widths), behind))

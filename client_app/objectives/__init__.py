@@ -14,6 +14,7 @@ from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.drift import proximal, variates
 from client_app.objectives.nested import nested
+from client_app.objectives.ordered_dropout import ordered_dropout
 from client_app.objectives.sparsity import sparse
 from wire.flat import nearest
 
@@ -25,6 +26,7 @@ OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
     "exits": exits,
     "mutual": mutual,
     "nested": nested,
+    "ordered-dropout": ordered_dropout,
 }
 """Every base by the name that instructions use."""
 

@@ -109,6 +109,7 @@ class Objective:
     loss : of one batch.
     predict : images [batch, ...] -> logits [batch, num_classes], for evaluation; None: the deepest exit of ``model``.
     beside : parameters that are trained with the model's and stay on the client.
+    varies : whether passes differ in size, so that memory has to be counted in all of them.
     extra : further networks that every batch passes through, forward and backward.
     narrowed : what of the full model ``model`` is, where the base chose a part of it before training.
     kept_bytes : of the tensors that are kept through training beside the model (anchors, variates).
@@ -122,6 +123,7 @@ class Objective:
     loss: Loss
     predict: Callable[[Tensor], Tensor] | None = None
     beside: tuple[nn.Parameter, ...] = ()
+    varies: bool = False
     extra: tuple[nn.Module, ...] = ()
     narrowed: SubModelSpec | None = None
     kept_bytes: int = 0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from client_app.objectives.base import Objective, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import divergence
-from pruning.extract import relative, resize, selection, shapes_of
-from pruning.rows import gather
+from client_app.objectives.inner import InnerNetwork
 from wire.grid import spec_from_json
 
 
@@ -26,20 +24,14 @@ def nested(task: Task) -> Objective:
     if task.spec == core_spec:
         return cross_entropy(task)
     temperature = float(task.settings.get("temperature", 3.0))
-    shapes = shapes_of(task.full.state_dict())
-    outer, inner = (selection(task.layout, spec, shapes).positions for spec in (task.spec, core_spec))
-    core = resize(task.full, task.layout, core_spec).train()
-    places = {key: relative(outer[key], kept) for key, kept in inner.items()}
-    own = dict(task.model.named_parameters()) | dict(task.model.named_buffers())
+    core = InnerNetwork(task, core_spec)
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = last_logits(task.model(x))
-        # Clones: the core's pass must not touch the sub-model's running statistics, not even through a view.
-        weights = {key: gather(own[key], kept).clone() for key, kept in places.items()}
-        core_logits = last_logits(torch.func.functional_call(core, weights, (x,)))
+        core_logits = core(x)
         smoothing = task.train.label_smoothing
         value = functional.cross_entropy(logits, y, label_smoothing=smoothing)
         value = value + functional.cross_entropy(core_logits, y, label_smoothing=smoothing)
         return value + divergence(logits, core_logits, temperature), logits
 
-    return Objective(task.model, loss, extra=(core,))
+    return Objective(task.model, loss, extra=(core.module,))

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.cost import measure_costs
+from pruning.groups import Layout
+from pruning.rolling import digits_of, lockstep_starts, staggered_starts
 from pruning.select import (
     WIDE_LAYER,
     RetentionError,
@@ -19,9 +21,10 @@ from pruning.select import (
     nested_family,
     select_prefix,
     select_random,
-    select_rolling,
     select_top,
+    select_window,
 )
+from pruning.spec import SubModelSpec
 from zoo import get_model
 
 RATIOS = st.floats(0.01, 1.0)
@@ -98,7 +101,7 @@ def test_all_four_ways_keep_exactly_the_widths_asked_for(ratio, server_round, se
     rng = np.random.default_rng(seed)
     for spec in (
         select_prefix(layout, widths),
-        select_rolling(layout, widths, server_round),
+        select_window(layout, widths, lockstep_starts(layout, server_round)),
         select_top(layout, widths, random_scores(layout, seed)),
         select_random(layout, widths, rng),
     ):
@@ -112,20 +115,61 @@ def test_a_prefix_is_the_first_units_and_a_full_width_is_left_out():
     assert spec.kept == (("stage1", (0, 1, 2)),)
 
 
+def rolling(layout: Layout, turn: int, width: int = 3) -> SubModelSpec:
+    return select_window(layout, {"stage1": width}, lockstep_starts(layout, turn))
+
+
 def test_a_rolling_window_moves_on_by_one_unit_a_round_and_wraps_around():
     layout, _ = priced("cnn")
-    assert select_rolling(layout, {"stage1": 3}, 0).units["stage1"] == (0, 1, 2)
-    assert select_rolling(layout, {"stage1": 3}, 1).units["stage1"] == (1, 2, 3)
-    assert select_rolling(layout, {"stage1": 3}, 31).units["stage1"] == (0, 1, 31)
-    assert select_rolling(layout, {"stage1": 3}, 32) == select_rolling(layout, {"stage1": 3}, 0)
+    assert rolling(layout, 0).units["stage1"] == (0, 1, 2)
+    assert rolling(layout, 1).units["stage1"] == (1, 2, 3)
+    assert rolling(layout, 31).units["stage1"] == (0, 1, 31)
+    assert rolling(layout, 32) == rolling(layout, 0)
 
 
 def test_over_one_turn_a_rolling_window_keeps_every_unit_equally_often():
     layout, _ = priced("cnn")
     seen = np.zeros(32, dtype=int)
     for server_round in range(32):
-        seen[list(select_rolling(layout, {"stage1": 5}, server_round).units["stage1"])] += 1
+        seen[list(rolling(layout, server_round, 5).units["stage1"])] += 1
     assert (seen == 5).all()
+
+
+def held_by(layout: Layout, key: str, shape: tuple[int, int], spec: SubModelSpec) -> np.ndarray:
+    """Which entries of a matrix [rows, columns] a sub-model holds, by the layout's own words."""
+    held = np.ones(shape, dtype=bool)
+    for group, axis in layout.axes_of[key]:
+        missing = np.setdiff1d(np.arange(group.size), spec.units.get(group.name, range(group.size)))
+        held[missing if axis.dim == 0 else (slice(None), missing)] = False
+    return held
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.75])
+def test_staggered_windows_hold_every_entry_equally_often_and_the_papers_do_not(rate):
+    layout = get_model("mlp", 10, 1, 8)[1]
+    widths = {group.name: int(rate * group.size) for group in layout.prunable}
+    key, shape = "blocks.1.linear.weight", (200, 200)
+    staggered, lockstep = np.zeros(shape), np.zeros(shape)
+    for turn in range(4**2):
+        staggered += held_by(layout, key, shape, select_window(layout, widths, staggered_starts(layout, turn, 4)))
+    for turn in range(200):
+        lockstep += held_by(layout, key, shape, select_window(layout, widths, lockstep_starts(layout, turn)))
+    assert (staggered == 16 * rate**2).all()
+    assert lockstep.max() == 200 * rate
+    assert lockstep.min() == 200 * max(0, 2 * rate - 1)
+    assert (lockstep.sum(0) == lockstep.sum(0)[0]).all(), "units are held evenly all the same"
+    assert (lockstep.sum(1) == lockstep.sum(1)[0]).all()
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet8", "resnet18", "vit_tiny"])
+def test_groups_that_share_an_entry_move_by_different_digits(name):
+    layout = get_model(name, 10, 3, 32)[1]
+    digits = digits_of(layout)
+    assert digits.keys() == {group.name for group in layout.prunable}
+    for pairs in layout.axes_of.values():
+        names = {group.name for group, _ in pairs if group.exact}
+        assert len({digits[n] for n in names}) == len(names)
+    assert max(digits.values()) <= 2
 
 
 def test_the_best_units_are_kept_and_ties_go_to_the_lower_index():

@@ -11,8 +11,8 @@ import torch
 from client_app.data import client_examples, load_images
 from client_app.handler import handle
 from pruning.extract import embed, extract
-from strategies import HeteroFL
 from strategies.heterofl import HeteroFLConfig
+from strategies.labels import with_present_classes
 from tests.runs import final_state, select, tiny_run
 from wire.flat import ConfigError
 from wire.message import DataConfig, Instruction, Report
@@ -125,16 +125,13 @@ def test_a_merge_by_labels_of_a_model_without_classes_is_refused_with_the_remedy
 
 def test_narrowing_keeps_to_the_spec_that_was_sent():
     _, layout = get_model("mlp", 10, 1, 8)
-    strategy = HeteroFL.__new__(HeteroFL)
-    strategy.layout, strategy.config = layout, HeteroFLConfig()
     spec = select_half(layout)
-    narrowed = strategy._present(spec, Report(0, 0, {}, 5, (3, 0, 0, 2, 0, 0, 0, 0, 0, 0)))
+    narrowed = with_present_classes(spec, Report(0, 0, {}, 5, (3, 0, 0, 2, 0, 0, 0, 0, 0, 0)))
     assert narrowed is not None
     assert narrowed.is_subset_of(spec, layout)
     assert narrowed.units["classes"] == (0, 3)
     assert {k: v for k, v in narrowed.units.items() if k != "classes"} == spec.units
-    strategy.config = HeteroFLConfig(mask_missing_labels=False)
-    assert strategy._present(spec, Report(0, 0, {}, 5, (3,) + (0,) * 9)) is None
+    assert with_present_classes(spec, Report(0, 0, {}, 5)) is None
 
 
 def select_half(layout):

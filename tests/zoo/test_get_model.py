@@ -79,7 +79,14 @@ def test_larger_images_are_accepted(name):
 
 @pytest.mark.parametrize(
     ("name", "exits"),
-    [("resnet8", (0, 1, 2)), ("resnet20", (2, 5, 8)), ("resnet18", (1, 3, 5, 7)), ("vit_tiny", (1, 3, 5, 7))],
+    [
+        ("mlp", (0, 1)),
+        ("cnn", (0, 1, 2)),
+        ("resnet8", (0, 1, 2)),
+        ("resnet20", (2, 5, 8)),
+        ("resnet18", (1, 3, 5, 7)),
+        ("vit_tiny", (1, 3, 5, 7)),
+    ],
 )
 def test_exits_give_one_tensor_of_logits_each_deepest_last(name, exits):
     model, layout = get_model(name, 5, exits=True)
@@ -87,7 +94,8 @@ def test_exits_give_one_tensor_of_logits_each_deepest_last(name, exits):
     logits = model.eval()(torch.randn(2, 3, 32, 32))
     assert [tuple(tensor.shape) for tensor in logits] == [(2, 5)] * len(exits)
     for head, block in enumerate(exits):
-        assert layout.block_of(f"heads.{head}.linear.weight") == block
+        key = f"heads.{head}.weight" if name == "mlp" else f"heads.{head}.linear.weight"
+        assert layout.block_of(key) == block
 
 
 @pytest.mark.parametrize(

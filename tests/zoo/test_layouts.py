@@ -17,7 +17,9 @@ from zoo.vit import vit
 
 MODELS = [
     ("mlp", {"hidden": (20, 10)}),
+    ("mlp", {"hidden": (20, 10, 5), "exits": True}),
     ("cnn", {}),
+    ("cnn", {"exits": True}),
     ("lenet", {"width": 0.2}),
     ("resnet8", {}),
     ("resnet8", {"exits": True}),
@@ -98,7 +100,23 @@ def test_heads_declared_at_the_wrong_positions_of_a_fused_qkv_do_not_pass_the_pr
         prove(model, wrong, torch.randn(2, 3, 32, 32), declared=True)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet18", "vit_tiny"])
+@pytest.mark.parametrize(
+    ("name", "options", "exits"),
+    [
+        ("mlp", {"exits": True}, (1, 2)),
+        ("mlp", {}, (2,)),
+        ("cnn", {"exits": True}, (1, 2, 3)),
+        ("resnet8", {"exits": True}, (1, 2, 3)),
+        ("resnet18", {"width": 0.125, "exits": True}, (2, 4, 6, 8)),
+        ("vit_tiny", {"exits": True}, (2, 4, 6, 8)),
+        ("vit_tiny", {}, ()),
+    ],
+)
+def test_a_layout_knows_behind_which_depths_heads_stand(name, options, exits):
+    assert get_model(name, 5, **options)[1].exits == exits
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet20", "resnet18", "vit_tiny"])
 def test_a_model_cut_in_depth_gives_the_logits_of_its_own_exits(name):
     options = {"width": 0.125} if name == "resnet18" else {"dim": 24, "num_blocks": 4} if name == "vit_tiny" else {}
     model, layout = build(name, {**options, "exits": True})
