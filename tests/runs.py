@@ -29,6 +29,11 @@ TINY: dict[str, Any] = {
 }
 """A run of half a second in which every method shows what it does; AdaptCL decides in rounds 3, 5, 7, ..."""
 
+OWN: dict[str, dict[str, Any]] = {
+    "fedrolex": {"fedrolex.rates": "1,0.5,0.25"},  # a sixteenth of the units needs more than ten rounds
+}
+"""What a method needs beyond ``TINY``, or instead of it."""
+
 TIMINGS = ("wall_s", "measured_compute_s", "merge_cpu_s")
 """What of the event log may differ between two equal runs."""
 
@@ -39,7 +44,7 @@ def tiny_run(
     """Carry out a run into ``folder`` and return the rows of its event log; settings as ``loop__quorum=2``."""
     torch.set_num_threads(1)
     keys = {name.replace("__", ".").replace("_", "-"): value for name, value in settings.items()}
-    config = parse({**TINY, **keys, "run-dir": str(folder)})
+    config = parse({**TINY, **OWN.get(keys.get("strategy", ""), {}), **keys, "run-dir": str(folder)})
     carrier = transport or LocalTransport(
         handler, config.run.num_clients, num_workers, reply_timeout_s=config.run.reply_timeout_s
     )

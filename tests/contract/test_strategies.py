@@ -15,7 +15,7 @@ from pruning.extract import embed, extract
 from server_app.checkpoint import load_checkpoint
 from strategies import STRATEGIES
 from tests import faulty
-from tests.runs import equal_states, final_state, read_rows, select, tiny_run, without_timings
+from tests.runs import OWN, equal_states, final_state, read_rows, select, tiny_run, without_timings
 from wire.local import LocalTransport
 from wire.message import Failure, Instruction, Report
 from zoo import get_model
@@ -24,6 +24,8 @@ EVERY_RATE_1: dict[str, dict[str, Any]] = {
     "fedavg": {},
     "heterofl": {"heterofl.rates": "1", "heterofl.mask-missing-labels": False},
     "adaptcl": {"adaptcl.rates.min-retention-ratio": 1.0},
+    "fjord": {"fjord.rates": "1"},
+    "fedrolex": {"fedrolex.rates": "1", "fedrolex.mask-missing-labels": False},
 }
 """Settings under which a method gives everybody the full model; absent for methods that cannot."""
 
@@ -31,6 +33,8 @@ NOBODY_WHOLE: dict[str, dict[str, Any]] = {
     "fedavg": {"fedavg.retention-ratio": 0.5},
     "heterofl": {"heterofl.rates": "0.5,0.25"},
     "adaptcl": {},
+    "fjord": {"fjord.rates": "0.5,0.25"},
+    "fedrolex": {"fedrolex.rates": "0.5,0.25"},
 }
 """Settings under which some entries are held by nobody once the fastest client is gone; absent for methods without."""
 
@@ -39,16 +43,24 @@ SEMI_ASYNC: dict[str, Any] = {"num-clients": 6, "num-rounds": 6, "loop.quorum": 
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
+class PlainRuns(dict[tuple[str, str], tuple[Path, list[dict[str, Any]]]]):
+    """(method, mode) -> folder and rows of an undisturbed run, carried out when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, key: tuple[str, str]) -> tuple[Path, list[dict[str, Any]]]:
+        home = self.folder / "-".join(key)
+        settings = {"num-rounds": 6} if key[1] == "sync" else SEMI_ASYNC
+        self[key] = home, tiny_run(home, strategy=key[0], **settings)
+        return self[key]
+
+
 @pytest.fixture(scope="module")
-def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, list[dict[str, Any]]]]:
+def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> PlainRuns:
     """Undisturbed runs of every method in this process, synchronous and semi-asynchronous: what others are held to."""
-    folder = tmp_path_factory.mktemp("plain")
-    found = {}
-    for name in STRATEGIES:
-        for mode, settings in (("sync", {"num-rounds": 6}), ("semi-async", SEMI_ASYNC)):
-            home = folder / f"{name}-{mode}"
-            found[name, mode] = home, tiny_run(home, strategy=name, **settings)
-    return found
+    return PlainRuns(tmp_path_factory.mktemp("plain"))
 
 
 @every_strategy
@@ -138,7 +150,7 @@ def test_entries_that_nobody_held_keep_their_value_bit_for_bit(name, tmp_path):
         return handle(instruction)
 
     tiny_run(tmp_path / "run", spy, strategy=name, num_rounds=6, **NOBODY_WHOLE.get(name, {}))
-    _, layout = get_model("mlp", 10, 1, 8)
+    _, layout = get_model("mlp", 10, 1, 8, exits=bool(OWN.get(name, {}).get("model.exits", False)))
     states = {
         number: load_checkpoint(tmp_path / "run" / "checkpoints" / f"round-{number:06d}.pt")[0].state
         for number in range(1, 7)
