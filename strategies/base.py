@@ -156,6 +156,7 @@ class SubModelStrategy(Strategy):
         RunStoppedError
             If several rounds in a row brought no usable answer.
         """
+        self.check()
         num_asked = sum(map(self.takes_part, range(self.setting.job.num_clients)))
         refuse(num_asked == 0, f"strategy={self.name}", "no client may take part")
         refuse(
@@ -163,7 +164,6 @@ class SubModelStrategy(Strategy):
             f"loop.quorum={self.loop.quorum}",
             f"only {num_asked} clients take part; a round would never reach its quorum",
         )
-        self.check()
         transport = self._transport(grid)
         if initial_arrays is not None and not self.progress.state:
             self.progress.state = dict(initial_arrays.to_torch_state_dict())

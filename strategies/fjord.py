@@ -11,10 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
-from strategies.levels import check_levels, level_of, read_ratios
+from strategies.levels import check_levels, level_of, prefix_family, prefix_levels, read_ratios
 from strategies.setting import Order
 from wire.flat import Scalar, require
 from wire.grid import spec_to_json
@@ -70,16 +69,14 @@ class FjORD(SubModelStrategy):
 
     def family(self) -> dict[str, SubModelSpec]:
         """Every width below the full one."""
-        ratios = read_ratios(self.config.rates)
-        return {f"{ratio:g}": spec for ratio, spec in zip(ratios, self._levels(), strict=True) if ratio < 1}
+        return prefix_family(self.setting, self.config.rates)
 
     def evaluation_order(self, partition_id: int) -> Order:
         """The client's full width; the first round's when levels are drawn."""
         return Order(self._levels()[self._level(partition_id, 1)])
 
     def _levels(self) -> list[SubModelSpec]:
-        ratios = read_ratios(self.config.rates)
-        return [select_prefix(self.layout, equal_widths(self.layout, self.cost, ratio, "width")) for ratio in ratios]
+        return prefix_levels(self.setting, self.config.rates)
 
     def _level(self, partition_id: int, server_round: int) -> int:
         num_levels = len(read_ratios(self.config.rates))

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pruning.merge import MaskedMean
-from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
 from strategies.labels import check_classes, with_present_classes
-from strategies.levels import check_levels, level_of, read_ratios
+from strategies.levels import check_levels, prefix_family, prefix_of
 from strategies.setting import Order
 from wire.message import Report
 
@@ -58,7 +57,7 @@ class HeteroFL(SubModelStrategy):
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Each client's level for this round."""
         settings = {"mask-missing-labels": self.config.mask_missing_labels}
-        return {pid: Order(self._level(self._rate(pid, server_round)), settings=settings) for pid in clients}
+        return {pid: Order(self._spec(pid, server_round), settings=settings) for pid in clients}
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Merge only the classifier rows of classes the client has."""
@@ -67,15 +66,11 @@ class HeteroFL(SubModelStrategy):
 
     def family(self) -> dict[str, SubModelSpec]:
         """Every level below the full model."""
-        return {f"{rate:g}": self._level(rate) for rate in read_ratios(self.config.rates) if rate < 1}
+        return prefix_family(self.setting, self.config.rates)
 
     def evaluation_order(self, partition_id: int) -> Order:
         """The client's level; the first round's when levels are drawn."""
-        return Order(self._level(self._rate(partition_id, 1)))
+        return Order(self._spec(partition_id, 1))
 
-    def _rate(self, partition_id: int, server_round: int) -> float:
-        rates = read_ratios(self.config.rates)
-        return rates[level_of(self.setting, self.config.assignment, len(rates), partition_id, server_round)]
-
-    def _level(self, rate: float) -> SubModelSpec:
-        return select_prefix(self.layout, equal_widths(self.layout, self.cost, rate, "width"))
+    def _spec(self, partition_id: int, server_round: int) -> SubModelSpec:
+        return prefix_of(self.setting, self.config.rates, self.config.assignment, partition_id, server_round)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from pruning.select import equal_widths, select_prefix
+from pruning.spec import SubModelSpec
 from strategies.setting import Setting
 from wire.flat import require, require_choice
 
@@ -36,6 +40,44 @@ def level_of(setting: Setting, assignment: str, num_levels: int, partition_id: i
     if assignment == "cycle" or setting.durations is None:
         return partition_id % num_levels
     return setting.durations.fleet.speed_ranks[partition_id] * num_levels // setting.job.num_clients
+
+
+@dataclass(frozen=True)
+class LevelsConfig:
+    """Settings of methods for full models, which may train on HeteroFL's width levels instead.
+
+    Attributes
+    ----------
+    rates : the levels' retention ratios by width, comma-separated; 1 gives everybody the full model.
+    assignment : of the levels to the clients: ``capability``, ``cycle`` or ``dynamic`` (see ``level_of``).
+    """
+
+    rates: str = "1"
+    assignment: str = "capability"
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        check_levels("rates", self.rates, self.assignment)
+
+
+def prefix_levels(setting: Setting, rates: str) -> list[SubModelSpec]:
+    """The first units of every layer, as many as each ratio asks for; the widest level first."""
+    return [
+        select_prefix(setting.layout, equal_widths(setting.layout, setting.cost, ratio, "width"))
+        for ratio in read_ratios(rates)
+    ]
+
+
+def prefix_of(setting: Setting, rates: str, assignment: str, partition_id: int, server_round: int) -> SubModelSpec:
+    """The level of one client in one round, as the first units of every layer."""
+    levels = prefix_levels(setting, rates)
+    return levels[level_of(setting, assignment, len(levels), partition_id, server_round)]
+
+
+def prefix_family(setting: Setting, rates: str) -> dict[str, SubModelSpec]:
+    """Every level below the full model, by the name that evaluations show."""
+    levels = zip(read_ratios(rates), prefix_levels(setting, rates), strict=True)
+    return {f"{ratio:g}": spec for ratio, spec in levels if ratio < 1}
 
 
 def _is_ratio(text: str) -> bool:

@@ -19,7 +19,8 @@ from pruning.extract import Selection, selection, shapes_of
 from pruning.groups import Layout
 from pruning.rows import add_at, gather
 from pruning.spec import SubModelSpec
-from wire.message import State
+from wire.flat import refuse
+from wire.message import Job, State
 from wire.training import VARIATE
 
 
@@ -139,3 +140,26 @@ class Variates:
         self._weights = {int(pid): weight for pid, weight in own["weights"].items()}
         self._holders = {}
         self.close()
+
+
+def check_variates(name: str, job: Job) -> None:
+    """Refuse what control variates cannot go with, for the method called ``name``.
+
+    Raises
+    ------
+    ConfigError
+        If updates are compressed, the optimiser is not SGD, or clients have nowhere to remember their variates.
+    """
+    refuse(
+        job.compression.kind != "none",
+        f"strategy={name} with compression.kind={job.compression.kind}",
+        "the corrections of one round cancel over its clients, and compression holds another part of each back for "
+        "later rounds; use compression.kind=none",
+    )
+    refuse(
+        job.train.optimizer != "sgd",
+        f"strategy={name} with train.optimizer={job.train.optimizer}",
+        "a variate is the mean gradient behind (x - y_i) / (K eta), which only steps of SGD tell; use "
+        "train.optimizer=sgd",
+    )
+    refuse(not job.store_dir, f"strategy={name}", "clients need a folder to remember their variates in (store_dir)")

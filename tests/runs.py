@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
 """A run of half a second in which every method shows what it does; AdaptCL decides in rounds 3, 5, 7, ..."""
 
 OWN: dict[str, dict[str, Any]] = {
+    "only-capable": {"only-capable.share": 1.0},  # so that as many clients answer as with other methods
     "fedrolex": {"fedrolex.rates": "1,0.5,0.25"},  # a sixteenth of the units needs more than ten rounds
 }
 """What a method needs beyond ``TINY``, or instead of it."""

@@ -24,6 +24,11 @@ EVERY_RATE_1: dict[str, dict[str, Any]] = {
     "fedavg": {},
     "heterofl": {"heterofl.rates": "1", "heterofl.mask-missing-labels": False},
     "adaptcl": {"adaptcl.rates.min-retention-ratio": 1.0},
+    "only-capable": {},
+    "smallest-everywhere": {"smallest-everywhere.retention-ratio": 1.0},
+    "fedprox": {"fedprox.mu": 0.0},
+    "fednova": {},  # equal data: equal steps
+    "fedmp": {"fedmp.bandit.max-pruning-rate": 0.0},
     "fjord": {"fjord.rates": "1"},
     "fedrolex": {"fedrolex.rates": "1", "fedrolex.mask-missing-labels": False},
 }
@@ -33,6 +38,11 @@ NOBODY_WHOLE: dict[str, dict[str, Any]] = {
     "fedavg": {"fedavg.retention-ratio": 0.5},
     "heterofl": {"heterofl.rates": "0.5,0.25"},
     "adaptcl": {},
+    "smallest-everywhere": {},
+    "fedprox": {"fedprox.rates": "0.5,0.25"},
+    "scaffold": {"scaffold.rates": "0.5,0.25"},
+    "fednova": {"fednova.rates": "0.5,0.25"},
+    "fedmp": {},
     "fjord": {"fjord.rates": "0.5,0.25"},
     "fedrolex": {"fedrolex.rates": "0.5,0.25"},
 }

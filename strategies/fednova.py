@@ -1,0 +1,94 @@
+"""FedNova (Wang et al. 2020, arXiv 2007.07481): updates are normalised by the local steps behind them.
+
+``x+ = x + tau_eff sum_i p_i d_i / a_i`` (equation 8, ``strategies.normalise``) with a_i for SGD, momentum and a
+proximal term (``wire.training.step_sum``); FedAvg weighs a client by its examples and, in effect, by its steps too.
+With equal steps it is FedAvg, or FedProx with a ``mu``. Buffers are averaged as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pruning.merge import AggregateResult, MaskedMean
+from pruning.spec import SubModelSpec
+from strategies.base import SubModelStrategy
+from strategies.exchange import Entry
+from strategies.levels import LevelsConfig, prefix_family, prefix_of
+from strategies.normalise import StepTally, scaled
+from strategies.setting import Order
+from wire.flat import refuse, require
+from wire.message import Report
+from wire.training import learning_rate, local_distance
+
+
+@dataclass(frozen=True)
+class FedNovaConfig(LevelsConfig):
+    """Settings of FedNova.
+
+    Attributes
+    ----------
+    mu : weight of a proximal term, >= 0; 0 for none.
+    """
+
+    mu: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        super().__post_init__()
+        require(self.mu >= 0, "mu", self.mu, ">= 0")
+
+
+class FedNova(SubModelStrategy):
+    """Averages of normalised updates."""
+
+    name = "fednova"
+    Config = FedNovaConfig
+    config: FedNovaConfig
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._tally = StepTally()
+
+    def check(self) -> None:
+        """How far steps go is known of SGD."""
+        optimizer = self.setting.job.train.optimizer
+        refuse(
+            optimizer != "sgd",
+            f"strategy=fednova with train.optimizer={optimizer}",
+            "the norm a_i of accumulated gradients is known for SGD with momentum and a proximal term; use "
+            "train.optimizer=sgd",
+        )
+
+    def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
+        """Everybody trains as in FedAvg, or FedProx."""
+        objective, settings = "cross-entropy+proximal", {"mu": self.config.mu}
+        return {pid: Order(self._spec(pid, server_round), objective, settings) for pid in clients}
+
+    def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
+        """Add the update scaled to the steps of the round's first."""
+        job, held = self.setting.job, report.narrowed or entry.spec
+        rate = learning_rate(job.train, entry.server_round, job.num_rounds)
+        distance = local_distance(job.train, report.num_steps, rate, self.config.mu)
+        start = self._extract(self.progress.state, held)
+        state = scaled(report.state, start, self.cost.trainable, self._tally.factor(distance))
+        super().add(mean, entry, replace(report, state=state), staleness)
+        self._tally = self._tally.noted(distance, self.weigh(report, staleness))
+
+    def merge(self, mean: MaskedMean) -> AggregateResult:
+        """Scale the mean update to the effective number of steps."""
+        merged, tally, self._tally = super().merge(mean), self._tally, StepTally()
+        state = scaled(merged.state, self.progress.state, self.cost.trainable, tally.effective)
+        return replace(merged, state=state)
+
+    def family(self) -> dict[str, SubModelSpec]:
+        """Every level below the full model."""
+        return prefix_family(self.setting, self.config.rates)
+
+    def evaluation_order(self, partition_id: int) -> Order:
+        """The client's level; the first round's when levels are drawn."""
+        return Order(self._spec(partition_id, 1))
+
+    def _spec(self, partition_id: int, server_round: int) -> SubModelSpec:
+        return prefix_of(self.setting, self.config.rates, self.config.assignment, partition_id, server_round)
