@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client_app.batches import batches, flip_shift
-from client_app.data import Examples, client_examples, load_images
+from client_app.data import Examples, job_examples
 from client_app.meter import MemoryMeter
 from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective
+from client_app.site import NOWHERE, Site
 from client_app.store import ClientStore
 from pruning.compress import sparsify
-from pruning.cost import measure_costs
+from pruning.cost import Cost, measure_costs
 from pruning.extract import embed, extract, narrow, resize, shapes_of
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
@@ -36,29 +37,30 @@ class TrainingError(RuntimeError):
     """Training went wrong on this client; nothing is reported as trained."""
 
 
-def handle(instruction: Instruction) -> Report:
+def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
     """Do what the instruction asks and report it.
 
     Raises
     ------
     TrainingError
         If the loss is not finite or the client has nothing to train on.
+    SiteError
+        If it asks for what the device's owner does not give.
     """
-    job = instruction.job
-    train, test = client_examples(job.data, job.num_clients, instruction.partition_id)
-    data = load_images(job.data)
+    job = site.localized(instruction.job)
+    train, test, num_classes = job_examples(job, instruction.partition_id)
     device = pick_device(job.train)
     shape = (train.x.shape[1], train.x.shape[2], train.x.shape[3])
-    store = ClientStore(job.store_dir, instruction.partition_id)
+    store = ClientStore(job.store_dir, instruction.partition_id, job.lineage.split(",")[1:])
     memory = store.load(instruction.last_dispatch)
-    blank, layout, macs = sub_model(job.model, data.num_classes, shape, instruction.spec)
-    full, _ = full_model(job.model, data.num_classes, shape)
+    blank, layout, cost = sub_model(job.model, num_classes, shape, instruction.spec)
+    full, _ = full_model(job.model, num_classes, shape)
     task = Task(
         model=load(blank, instruction, device).train(),
         layout=layout,
         train=job.train,
         settings=instruction.settings,
-        label_counts=torch.bincount(train.y, minlength=data.num_classes).to(device),
+        label_counts=torch.bincount(train.y, minlength=num_classes).to(device),
         spec=instruction.spec,
         full=full,
         companions={key: tensor.to(device) for key, tensor in instruction.companions.items()},
@@ -68,7 +70,7 @@ def handle(instruction: Instruction) -> Report:
         generator=torch.Generator().manual_seed(
             hash((job.seed, instruction.partition_id, instruction.dispatch)) % 2**63
         ),
-        build=partial(build_model, job.model, data.num_classes, shape),
+        build=partial(build_model, job.model, num_classes, shape),
         load_draft=store.load_draft,
         save_draft=store.save_draft,
     )
@@ -87,6 +89,7 @@ def handle(instruction: Instruction) -> Report:
         )
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
+    site.check_memory(cost.peak_memory_bytes(min(job.train.batch_size, len(train)), int(job.train.momentum > 0)))
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=task.generator)))
     began = time.perf_counter()
     objective = make_objective(instruction.objective, task)
@@ -98,7 +101,7 @@ def handle(instruction: Instruction) -> Report:
         )
     findings = objective.finish(fitted.num_steps)
     compute_s = time.perf_counter() - began
-    macs += sum(train_macs_of(network, shape) for network in objective.extra)
+    macs = cost.train_macs + sum(price(network, shape).train_macs for network in objective.extra)
     objective.model.zero_grad()  # gradients are as large as the weights, and the answer needs room
     trained = objective.model.state_dict() if findings.state is None else findings.state
     state = {key: tensor.detach().cpu() for key, tensor in trained.items()}  # nobody else's
@@ -149,23 +152,32 @@ def full_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, int
 @lru_cache(maxsize=64)
 def sub_model(
     config: ModelConfig, num_classes: int, shape: tuple[int, int, int], spec: SubModelSpec
-) -> tuple[nn.Module, Layout, int]:
-    """The sub-model of ``spec`` without storage, the full layout, and its training MACs per example."""
+) -> tuple[nn.Module, Layout, Cost]:
+    """The sub-model of ``spec`` without storage, the full layout, and what it costs."""
     full, layout = full_model(config, num_classes, shape)
     small = resize(full, layout, spec) if spec != FULL else full
-    return small, layout, train_macs_of(small, shape)
+    return small, layout, price(small, shape)
 
 
-def train_macs_of(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Training MACs per example of a model without storage, from the shapes that it executes."""
-    return measure_costs(model, Layout(()), torch.empty(2, *shape, device=META)).of(FULL).train_macs
+def price(model: nn.Module, shape: tuple[int, int, int]) -> Cost:
+    """What a model without storage costs, from one forward pass of an image of zeros.
+
+    On real memory: the first pass on ``meta`` loads PyTorch's compiler, 1.4 s and 70 MB in every fresh process.
+    """
+    zeros = {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in model.state_dict().items()}
+    return measure_costs(filled(model, zeros), Layout(()), torch.zeros(1, *shape)).of(FULL)
 
 
 def load(model: nn.Module, instruction: Instruction, device: torch.device) -> nn.Module:
     """A copy of a model without storage, holding the weights that were received; the rest stays without storage."""
     owned = {key: tensor.to(device, copy=True) for key, tensor in instruction.state.items()}
+    return filled(model, owned, is_partial=instruction.is_partial)
+
+
+def filled(model: nn.Module, state: State, is_partial: bool = False) -> nn.Module:
+    """A copy of a model without storage whose entries are the tensors of ``state``; all of them unless partial."""
     loaded = copy.deepcopy(model)
-    lacking = loaded.load_state_dict(owned, strict=not instruction.is_partial, assign=True)
+    lacking = loaded.load_state_dict(state, strict=not is_partial, assign=True)
     if lacking.unexpected_keys:
         raise TrainingError(f"instruction: the model has no entries {lacking.unexpected_keys}")
     for parameter in loaded.parameters():

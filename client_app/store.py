@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ class ClientStore:
     ----------
     folder : where the files of all clients of a run lie; empty for a client that remembers nothing.
     partition_id : whose they are.
+    lineage : names of folders beside ``folder``, of the runs that this one continues.
     """
 
-    def __init__(self, folder: str, partition_id: int) -> None:
-        self.folder, self.partition_id = Path(folder) if folder else None, partition_id
+    def __init__(self, folder: str, partition_id: int, lineage: Sequence[str] = ()) -> None:
+        self.folder, self.partition_id, self.lineage = Path(folder) if folder else None, partition_id, lineage
 
     def load(self, last_dispatch: int) -> dict[str, Any]:
         """What was remembered with the last answer that the server merged; empty if there is none."""
         path = self._path(last_dispatch)
-        if path is None or last_dispatch < 0 or not path.exists():
+        if path is None or last_dispatch < 0:
             return {}
-        memory: dict[str, Any] = torch.load(path, weights_only=True)
-        return memory
+        return self._read(path)
 
     def save(self, dispatch: int, last_dispatch: int, memory: dict[str, Any], kept_dispatch: int | None = None) -> None:
         """Remember ``memory`` with this answer; drop what nobody can go back to any more.
@@ -47,16 +48,19 @@ class ClientStore:
 
     def load_draft(self) -> dict[str, Any]:
         """What was saved in the middle of a request; empty if there is nothing."""
-        path = self._draft
-        if path is None or not path.exists():
-            return {}
-        draft: dict[str, Any] = torch.load(path, weights_only=True)
-        return draft
+        return {} if self._draft is None else self._read(self._draft)
 
     def save_draft(self, draft: dict[str, Any]) -> None:
         """Keep work that does not depend on any answer being merged; it survives the server."""
         if self._draft is not None:
             self._write(self._draft, draft)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The file of this run, or of the latest that it continues; empty if there is none."""
+        earlier = [path.parent.parent / name / path.name for name in self.lineage]
+        found = next((place for place in (path, *earlier) if place.exists()), None)
+        memory: dict[str, Any] = {} if found is None else torch.load(found, weights_only=True)
+        return memory
 
     def _write(self, path: Path, memory: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

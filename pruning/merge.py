@@ -9,7 +9,7 @@ per entry instead of a tensor as large as the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pruning.extract import Selection, State, StateError, check_state, relative, selection, shapes_of
 from pruning.groups import Layout
-from pruning.rows import add_at, gather
+from pruning.rows import Kept, add_at, gather
 from pruning.spec import SubModelSpec
 
 FLUSH_SPECS = 64
@@ -143,19 +143,25 @@ class MaskedMean:
             return
         held = spec if narrowed is None else narrowed
         chosen = sent if narrowed is None else selection(self.layout, held, self.shapes)
-        for key, kept in chosen.positions.items():
-            if not self.previous[key].is_floating_point():
-                continue
-            if key not in self._sums:
-                self._sums[key] = torch.zeros(self.previous[key].shape, dtype=self.dtype)
-            entry = sub_state[key] if narrowed is None else gather(sub_state[key], relative(sent.positions[key], kept))
-            add_at(self._sums[key], kept, entry.to(self.dtype), weight)
+        entries = {
+            key: sub_state[key] if narrowed is None else gather(sub_state[key], relative(sent.positions[key], kept))
+            for key, kept in chosen.positions.items()
+            if self.previous[key].is_floating_point()
+        }
+        self._take(entries, chosen.positions, weight)
         before_weight, before_count = self._pending.get(held, (0.0, 0))
         self._pending[held] = (before_weight + weight, before_count + 1)
         self.total_weight += weight
         self.num_merged += 1
         if len(self._pending) >= FLUSH_SPECS:
             self._fold_coverage()
+
+    def _take(self, entries: State, positions: Mapping[str, Kept], weight: float) -> None:
+        """Add checked entries, which lie at ``positions``, to the sums."""
+        for key, entry in entries.items():
+            if key not in self._sums:
+                self._sums[key] = torch.zeros(self.previous[key].shape, dtype=self.dtype)
+            add_at(self._sums[key], positions[key], entry.to(self.dtype), weight)
 
     def add_partial(self, other: MaskedMean) -> None:
         """Add everything another masked mean over the same model has collected (hierarchical merging)."""

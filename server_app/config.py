@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from strategies import STRATEGIES
-from strategies.setting import LoopConfig
+from strategies.robust import RobustConfig
+from strategies.setting import DeploymentConfig, LoopConfig
+from wire.check import Limits
 from wire.flat import ConfigError, Scalar, cast_scalar, from_flat, known_keys, nearest, require, require_choice, to_flat
 from wire.message import CompressionConfig, DataConfig, ModelConfig, TrainConfig
 
@@ -97,6 +99,9 @@ class RunConfig:
     fleet: FleetConfig = FleetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compression: CompressionConfig = CompressionConfig()
+    robust: RobustConfig = RobustConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+    limits: Limits = Limits()
 
     def __post_init__(self) -> None:
         """Check every range."""

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import platform
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -34,13 +35,30 @@ from server_app.event_log import EventLog
 from strategies import STRATEGIES
 from strategies.base import SubModelStrategy
 from strategies.exchange import Transport
-from strategies.setting import Progress, Setting
-from wire.flat import ConfigError
+from strategies.setting import DeploymentConfig, Progress, Setting
+from wire.check import Limits
+from wire.flat import ConfigError, to_flat
 from wire.message import Job
 from zoo import get_model
 
-MAY_DIFFER = ("num-rounds", "num-workers", "run-dir", "resume", "transport", "reply-timeout-s", "keep-checkpoints")
+MAY_DIFFER = (
+    "num-rounds",
+    "num-workers",
+    "run-dir",
+    "resume",
+    "transport",
+    "reply-timeout-s",
+    "keep-checkpoints",
+    "data.dir",
+    "data.download",
+    *to_flat(DeploymentConfig(), "deployment."),
+    *to_flat(Limits(), "limits."),
+)
 """Keys that a resumed run may change: nothing merged depends on them (but a cosine schedule on num-rounds)."""
+
+
+LINEAGE = "lineage"
+"""File of a run's folder: a name of its own and those of the runs it continues, under which devices keep memory."""
 
 
 class RunFolderError(ValueError):
@@ -88,6 +106,7 @@ def prepare_folder(config: Config) -> Path:
             raise RunFolderError(f"run-dir: {folder} already holds a run; choose another, or use resume={folder}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(as_toml(config.flat()), encoding="utf-8")
+        (folder / LINEAGE).write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"run-dir: cannot write to {folder}: {error.strerror}; choose another run-dir") from error
     return folder
@@ -122,6 +141,10 @@ def build(
         seed=run_config.seed,
         compression=run_config.compression,
         store_dir=str(folder / "clients"),
+        lineage=",".join((folder / LINEAGE).read_text(encoding="utf-8").split()),
+        num_classes=data.num_classes,
+        mean=",".join(map(str, data.mean)),
+        std=",".join(map(str, data.std)),
     )
     evaluation = run_config.evaluation
     evaluator = None
@@ -141,6 +164,9 @@ def build(
         reply_timeout_s=run_config.reply_timeout_s,
         network=copy.deepcopy(model).to("meta"),
         image_shape=shape,
+        deployment=run_config.deployment,
+        limits=run_config.limits,
+        robust=run_config.robust,
     )
 
     def keep(progress: Progress, own: dict[str, Any]) -> None:
@@ -210,6 +236,9 @@ def _resume(config: Config, folder: Path) -> tuple[Progress, dict[str, Any], int
     with (home / "events.jsonl").open("rb") as old, (folder / "events.jsonl").open("wb") as new:
         for _ in range(num_rows):
             new.write(old.readline())
+    if (home / LINEAGE).is_file():
+        with (folder / LINEAGE).open("a", encoding="utf-8") as file:
+            file.write((home / LINEAGE).read_text(encoding="utf-8"))
     if (home / "clients").is_dir():
         shutil.copytree(home / "clients", folder / "clients", dirs_exist_ok=True)
     return progress, own, num_rows

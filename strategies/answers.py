@@ -58,6 +58,7 @@ def check_report(report: Report, state: State, sent: State) -> Report:
         "num-examples": report.num_examples,
         "train-macs": report.train_macs,
         "compute-s": report.compute_s,
+        "busy-s": report.busy_s,
         "num-steps": report.num_steps,
         "peak-memory-bytes": report.peak_memory_bytes,
     }
@@ -84,6 +85,20 @@ def check_report(report: Report, state: State, sent: State) -> Report:
     return replace(report, state=values, is_delta=False, is_sparse=False)
 
 
+def check_tested(report: Report) -> Report:
+    """Return a client's test whose figures can be averaged.
+
+    Raises
+    ------
+    ReportError
+        If one is missing, not finite or out of range.
+    """
+    figures = {name: report.metrics.get(name, math.nan) for name in ("accuracy", "loss")}
+    if report.num_examples < 1 or not all(map(math.isfinite, figures.values())) or not 0 <= figures["accuracy"] <= 1:
+        raise ReportError(f"report: a test on {report.num_examples} examples found {figures}, expected finite figures")
+    return report
+
+
 def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, reason: str) -> dict[str, Any]:
     """What the event log keeps of one answer."""
     entry, duration = arrival.entry, arrival.duration
@@ -105,6 +120,8 @@ def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, 
         "widths": entry.spec.widths(cost.layout),
         "depth": entry.spec.depth,
     }
+    if arrival.overhead_s:
+        row["overhead_s"] = arrival.overhead_s
     if isinstance(arrival.answer, Report):
         report = arrival.answer
         row |= {

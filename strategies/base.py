@@ -198,10 +198,22 @@ class SubModelStrategy(Strategy):
         return result
 
     def _transport(self, grid: Grid | Transport) -> Transport:
-        if isinstance(grid, Grid):
-            window = 16 if self.setting.durations is not None else self.setting.job.num_clients
-            return GridTransport(grid, self.setting.job.num_clients, window, self.setting.reply_timeout_s)
-        return grid
+        if not isinstance(grid, Grid):
+            return grid
+        setting, num_clients = self.setting, self.setting.job.num_clients
+        if setting.durations is not None:  # requests queue for few workers: their time in the queue is no delay
+            return GridTransport(grid, num_clients, limits=setting.limits)
+        real = setting.deployment
+        return GridTransport(
+            grid,
+            num_clients,
+            window=num_clients,
+            time_to_live_s=setting.reply_timeout_s,  # one request at a time, so a node's own turn
+            join_timeout_s=real.join_timeout_s,
+            limits=setting.limits,
+            num_probes=real.num_probes,
+            min_clients=min(real.min_clients, num_clients),
+        )
 
     def _round(self, exchange: Exchange, server_round: int) -> int | None:
         """One round: ask, collect, merge. Returns the number of answers merged; None if the method asked nobody."""
@@ -214,7 +226,7 @@ class SubModelStrategy(Strategy):
         orders = self.plan(server_round, clients)
         if clients and not orders and not exchange.busy():
             return None
-        mean = MaskedMean(progress.state, self.layout)
+        mean = self.setting.robust.make_mean(progress.state, self.layout)
         taken: dict[int, list[dict[str, Any]]] = {}
         cpu_s, is_open = 0.0, True
         while is_open:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from strategies.answers import check_tested
 from strategies.exchange import Exchange
 from wire.message import Instruction, Report, payload_bytes
 
@@ -27,7 +28,7 @@ def ask_tests(
     reports = []
     for answer in answers:
         try:
-            reports.append(judge(answer))
+            reports.append(check_tested(judge(answer)))
         except ValueError as error:
             turn_away(answer, error)
     total = sum(report.num_examples for report in reports)

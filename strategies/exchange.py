@@ -17,6 +17,7 @@ from typing import Protocol
 
 from fleet.clock import Duration, DurationModel, VirtualClock
 from pruning.spec import SubModelSpec
+from strategies.travel import TravelModel
 from wire.message import Failure, Instruction, Report, payload_bytes
 
 
@@ -35,6 +36,9 @@ class Transport(Protocol):
 
     def receive(self, timeout_s: float) -> list[Report | Failure]:
         """Return the answers that are ready; wait up to ``timeout_s`` for the first."""
+
+    def empty_trips(self) -> list[tuple[int, float]]:
+        """(partition id, seconds) of round trips that carried nothing, since the last call."""
 
     def close(self) -> None:
         """End it."""
@@ -71,12 +75,15 @@ class Arrival:
     answer : a ``Report``, or a ``Failure`` with the reason.
     duration : of its parts, in seconds on the run's clock.
     finish_s : when it arrived, on the run's clock.
+    overhead_s : what the engine took beside (process start, polling, queues): no property of the device, and no part of
+        its update time. 0 in simulation.
     """
 
     entry: Entry
     answer: Report | Failure
     duration: Duration
     finish_s: float
+    overhead_s: float = 0.0
 
 
 class Exchange:
@@ -102,6 +109,7 @@ class Exchange:
         self._clock = VirtualClock(now_s)
         self._wall_zero = time.monotonic() - now_s
         self._last_answer = -math.inf
+        self._travel = TravelModel()
         self._queue: deque[tuple[Entry, Callable[[], Instruction]]] = deque()
         self._under_way: dict[int, tuple[Entry, float]] = {}
         self._order: OrderedDict[int, None] = OrderedDict()  # not handed on yet, oldest first
@@ -200,6 +208,8 @@ class Exchange:
                 continue
             self._under_way[entry.dispatch] = (entry, time.monotonic())
             self.transport.send(instruction)
+            if not self.is_virtual:  # a client cannot begin before its request was handed over, after all before it
+                self._under_way[entry.dispatch] = (replace(entry, start_s=self.now_s), time.monotonic())
 
     def _pump(self, timeout_s: float = 1.0) -> None:
         self._fill()
@@ -257,17 +267,33 @@ class Exchange:
         train_macs = answer.train_macs if isinstance(answer, Report) else 0.0
         if not (math.isfinite(train_macs) and train_macs >= 0):
             train_macs = 0.0  # the strategy rejects such a report; until then it needs a time
+        overhead_s = 0.0
         if self.durations is not None:
             duration = self.durations.duration(
                 entry.partition_id, entry.dispatch, train_macs, entry.download_bytes, upload_bytes, entry.start_s
             )
             finish_s = entry.start_s + duration.update_time_s
         else:
-            compute_s = answer.compute_s if isinstance(answer, Report) else 0.0
-            elapsed_s = max(0.0, self.now_s - entry.start_s)
-            travel_s = max(0.0, elapsed_s - compute_s)
-            total = max(1, entry.download_bytes + upload_bytes)
-            share = entry.download_bytes / total
-            duration = Duration(travel_s * share, min(compute_s, elapsed_s), travel_s * (1 - share))
             finish_s = self.now_s
-        self._set_ready(Arrival(entry, answer, duration, finish_s))
+            duration, overhead_s = self._measured(entry, answer, upload_bytes, finish_s - entry.start_s)
+        self._set_ready(Arrival(entry, answer, duration, finish_s, overhead_s))
+
+    def _measured(
+        self, entry: Entry, answer: Report | Failure, upload_bytes: int, elapsed_s: float
+    ) -> tuple[Duration, float]:
+        """What the device took, measured by both sides, and what the engine took beside it."""
+        for partition_id, travel_s in self.transport.empty_trips():
+            self._travel.observe(partition_id, 0, travel_s)
+        if not isinstance(answer, Report):
+            return Duration(0.0, 0.0, 0.0), elapsed_s
+        times_s = (answer.compute_s, answer.busy_s)
+        if not all(math.isfinite(seconds) and seconds >= 0 for seconds in times_s):
+            times_s = (0.0, 0.0)  # the strategy rejects such a report; until then it needs a time
+        compute_s = min(times_s[0], elapsed_s)
+        busy_s = min(max(times_s), elapsed_s)  # a client that lies cannot have worked for longer than it was away
+        num_bytes = entry.download_bytes + upload_bytes
+        self._travel.observe(entry.partition_id, num_bytes, elapsed_s - busy_s)
+        transfer_s = min(self._travel.transfer_s(entry.partition_id, num_bytes), elapsed_s - busy_s)
+        share = entry.download_bytes / max(1, num_bytes)
+        duration = Duration(transfer_s * share, compute_s, transfer_s * (1 - share))
+        return duration, elapsed_s - duration.update_time_s

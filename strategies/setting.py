@@ -14,6 +14,8 @@ from pruning.cost import CostModel
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from strategies.exchange import Arrival
+from strategies.robust import RobustConfig
+from wire.check import LIMITS, Limits
 from wire.flat import ConfigError, Scalar, require
 from wire.message import Job, State
 
@@ -56,6 +58,29 @@ class LoopConfig:
     def is_barrier(self) -> bool:
         """Whether every round waits for everybody it asked."""
         return self.quorum == 0 and self.deadline_s == 0
+
+
+@dataclass(frozen=True)
+class DeploymentConfig:
+    """How the server meets real devices; without meaning where time is simulated.
+
+    Attributes
+    ----------
+    min_clients : connected before the first round begins; the others join when they come. 0 for all.
+    join_timeout_s : give up when no further client has connected for so long.
+    num_probes : round trips without content made with each client that connects, to tell the engine's overhead from
+        the link's speed.
+    """
+
+    min_clients: int = 0
+    join_timeout_s: float = 120.0
+    num_probes: int = 2
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        require(self.min_clients >= 0, "min-clients", self.min_clients, ">= 0")
+        require(self.join_timeout_s > 0, "join-timeout-s", self.join_timeout_s, "> 0")
+        require(self.num_probes >= 0, "num-probes", self.num_probes, ">= 0")
 
 
 def staleness_weight(rule: str, staleness: int) -> float:
@@ -116,6 +141,10 @@ class Setting:
         The family is shown every ``family_every`` rounds.
     evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
     own_classes : whether a client's test counts only the classes that it has as possible answers.
+    reply_timeout_s : a client that takes longer, on the wall, has failed.
+    deployment : how real devices are met.
+    limits : of answers.
+    robust : how answers of clients that may be malicious are merged.
     """
 
     job: Job
@@ -131,6 +160,9 @@ class Setting:
     reply_timeout_s: float = 600.0
     network: nn.Module | None = None
     image_shape: tuple[int, ...] = ()
+    deployment: DeploymentConfig = DeploymentConfig()
+    limits: Limits = LIMITS
+    robust: RobustConfig = RobustConfig()
 
 
 @dataclass

@@ -46,6 +46,7 @@ FLOWER_FILES = {
     "server_app/run.py",
     "strategies/base.py",
     "wire/grid.py",
+    "wire/roster.py",
 }
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from pruning.spec import FULL, SubModelSpec
+from wire.check import LIMITS, MAX_METRICS, MAX_NAME, Limits, WireError, check_head, to_tensor
 from wire.flat import from_flat, to_flat
 from wire.message import Failure, Instruction, Job, Report
+from wire.roster import HEAD, Roster, partition_record, push
 
-STATE, COMPANIONS, HEAD, METRICS = "state", "companions", "head", "metrics"
-PARTITION = "partition-id"
+STATE, COMPANIONS, METRICS = "state", "companions", "metrics"
+DAY_S = 86_400.0
 
 
 class NoClientsError(RuntimeError):
@@ -80,12 +82,33 @@ def report_to_record(report: Report) -> RecordDict:
     return record
 
 
-def record_to_report(record: RecordDict) -> Report:
-    """Flower records -> report."""
-    head = _head(record)
-    head["label_counts"] = tuple(head["label_counts"])
+def record_to_report(record: RecordDict, limits: Limits = LIMITS) -> Report:
+    """Flower records -> report, which anybody may have written.
+
+    Raises
+    ------
+    WireError
+        If it is larger than ``limits`` allow, or a field is missing, unknown or of another type.
+    """
+    check_size(record, limits)
+    head = check_head(_head(record))
     metrics = {k: float(v) for k, v in record[METRICS].items() if k != "num-examples" and isinstance(v, int | float)}
     return Report(**(head | {"narrowed": spec_from_json(head["narrowed"])}), metrics=metrics, **_tensors(record))
+
+
+def check_size(record: RecordDict, limits: Limits) -> None:
+    """Raise ``WireError`` unless a message keeps within ``limits``; nothing is decoded."""
+    arrays = [array for name in (STATE, COMPANIONS) for _, array in _arrays(record, name)]
+    found = {
+        "bytes of tensors": (sum(len(array.data) for array in arrays), limits.max_reply_bytes),
+        "tensors": (len(arrays), limits.max_reply_tensors),
+        "characters of text": (len(str(record[HEAD]["json"])), limits.max_reply_text),
+        "metrics": (len(record[METRICS]), MAX_METRICS),
+        "characters in the name of a metric": (max((len(name) for name in record[METRICS]), default=0), MAX_NAME),
+    }
+    for what, (number, bound) in found.items():
+        if number > bound:
+            raise WireError(f"message: {number} {what}, at most {bound} allowed")
 
 
 def _plain(value: Any, without: set[str]) -> dict[str, Any]:
@@ -109,12 +132,14 @@ def _head(record: RecordDict) -> dict[str, Any]:
 
 def _tensors(record: RecordDict) -> dict[str, Any]:
     """The tensors of a message by field name."""
-    found = {}
-    for name in (STATE, COMPANIONS):
-        arrays = record[name]
-        assert isinstance(arrays, ArrayRecord)
-        found[name] = dict(arrays.to_torch_state_dict())
-    return found
+    return {name: {key: to_tensor(array.data) for key, array in _arrays(record, name)} for name in (STATE, COMPANIONS)}
+
+
+def _arrays(record: RecordDict, name: str) -> Iterable[tuple[str, Array]]:
+    arrays = record[name]
+    if not isinstance(arrays, ArrayRecord):
+        raise WireError(f"message: {name!r} is a {type(arrays).__name__}, expected an ArrayRecord")
+    return arrays.items()
 
 
 # --- transport ------------------------------------------------------------------------------------------------------
@@ -126,10 +151,13 @@ class GridTransport:
     Parameters
     ----------
     grid : Flower's grid.
-    num_clients : clients to wait for before the first instruction.
+    num_clients : partition ids are 0 to num_clients - 1.
     window : requests worth having under way at once.
-    reply_timeout_s : time to live of a message: a client that needs longer has failed.
-    join_timeout_s : wait this long for the clients to connect.
+    time_to_live_s : of a message, its time in queues included: it must be longer than the slowest client's turn.
+    join_timeout_s : give up when no further client has connected for so long.
+    min_clients : clients to wait for before the first instruction; 0 for all.
+    limits : of answers.
+    num_probes : round trips that carry nothing, made with every client that connects, to know the engine's overhead.
     """
 
     def __init__(
@@ -137,42 +165,50 @@ class GridTransport:
         grid: Grid,
         num_clients: int,
         window: int = 16,
-        reply_timeout_s: float = 600.0,
+        time_to_live_s: float = DAY_S,
         join_timeout_s: float = 120.0,
         poll_s: float = 0.02,
+        limits: Limits = LIMITS,
+        num_probes: int = 0,
+        min_clients: int = 0,
     ) -> None:
-        self.grid, self.window, self.reply_timeout_s, self.poll_s = grid, window, reply_timeout_s, poll_s
-        self._nodes: dict[int, int] = {}
+        self.grid, self.window, self.time_to_live_s, self.poll_s = grid, window, time_to_live_s, poll_s
+        self.limits = limits
         self._pending: dict[str, tuple[int, int]] = {}
         self._lost: list[Failure] = []
-        self._asked: set[int] = set()
-        deadline = time.monotonic() + join_timeout_s
-        while len(self._find_clients()) < num_clients:
+        self._roster = Roster(grid, num_clients, num_probes)
+        wanted = min_clients or num_clients
+        deadline, num_found = time.monotonic() + join_timeout_s, 0
+        while len(self._roster.update()) < wanted or self._roster.is_probing:
+            if len(self._roster.nodes) > num_found:
+                num_found, deadline = len(self._roster.nodes), time.monotonic() + join_timeout_s
             if time.monotonic() > deadline:
+                if num_found >= wanted:
+                    break  # a probe was lost; nothing depends on it
                 raise NoClientsError(
-                    f"only {len(self._nodes)} of {num_clients} clients connected within {join_timeout_s:g} s; start "
-                    "the missing SuperNodes (or simulate as many with num-supernodes), or lower num-clients"
+                    f"only {num_found} of {wanted} clients connected within {join_timeout_s:g} s "
+                    f"({self._roster.describe()}); start the missing SuperNodes (or simulate as many with "
+                    "num-supernodes), or lower num-clients"
                 )
-            time.sleep(0.2)
+            time.sleep(0.1)
 
     def clients(self) -> list[int]:
         """Partition ids of the clients that are connected."""
-        return sorted(self._find_clients())
+        return sorted(self._roster.update())
+
+    def empty_trips(self) -> list[tuple[int, float]]:
+        """(partition id, seconds beside the client's own work) of the probes that came back since the last call."""
+        trips, self._roster.trips = self._roster.trips, []
+        return trips
 
     def send(self, instruction: Instruction) -> None:
         """Send one request; a client that is gone answers with a ``Failure``."""
-        node = self._nodes.get(instruction.partition_id)
-        ids: list[str] = []
+        node = self._roster.nodes.get(instruction.partition_id)
+        sent = ""
         if node is not None:
-            message = Message(
-                content=instruction_to_record(instruction),
-                dst_node_id=node,
-                message_type=instruction.action,
-                ttl=self.reply_timeout_s,
-            )
-            ids = [mid for mid in self.grid.push_messages([message]) if mid]
-        if ids:
-            self._pending[ids[0]] = (instruction.dispatch, instruction.partition_id)
+            sent = push(self.grid, node, instruction.action, instruction_to_record(instruction), self.time_to_live_s)
+        if sent:
+            self._pending[sent] = (instruction.dispatch, instruction.partition_id)
         else:
             self._lost.append(Failure(instruction.dispatch, instruction.partition_id, "the client is not connected"))
 
@@ -185,7 +221,7 @@ class GridTransport:
             for reply in self.grid.pull_messages(list(self._pending)) if self._pending else ():
                 dispatch, partition_id = self._pending.pop(reply.metadata.reply_to_message_id, (-1, -1))
                 if dispatch >= 0:
-                    answers.append(_answer(reply, dispatch, partition_id))
+                    answers.append(_answer(reply, dispatch, partition_id, self.limits))
             if answers or not self._pending or time.monotonic() > deadline:
                 return answers
             time.sleep(self.poll_s)
@@ -194,39 +230,27 @@ class GridTransport:
         """Forget what is still under way."""
         self._pending.clear()
 
-    def _find_clients(self) -> dict[int, int]:
-        """Ask nodes not seen before for their partition id; node ids are random, partition ids are not."""
-        online = set(self.grid.get_node_ids())
-        self._nodes = {pid: node for pid, node in self._nodes.items() if node in online}
-        strangers = sorted(online - self._asked)
-        if strangers:
-            messages = [Message(content=RecordDict(), dst_node_id=n, message_type="query") for n in strangers]
-            for reply in self.grid.send_and_receive(messages, timeout=60):
-                if reply.has_error():
-                    continue  # asked again next time
-                self._asked.add(reply.metadata.src_node_id)
-                head = reply.content.get(HEAD)
-                if isinstance(head, ConfigRecord) and isinstance(head.get(PARTITION), int):
-                    self._nodes[int(str(head[PARTITION]))] = reply.metadata.src_node_id
-        return self._nodes
 
-
-def _answer(reply: Message, dispatch: int, partition_id: int) -> Report | Failure:
+def _answer(reply: Message, dispatch: int, partition_id: int, limits: Limits) -> Report | Failure:
     if reply.has_error():
         lines = [line.strip() for line in str(reply.error.reason or "").splitlines() if line.strip()]
         return Failure(dispatch, partition_id, f"code {reply.error.code}: {lines[-1] if lines else 'no reason given'}")
     try:
-        return record_to_report(reply.content)
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        return Failure(dispatch, partition_id, f"unreadable reply: {type(error).__name__}: {error}")
-
-
-def partition_record(partition_id: int) -> RecordDict:
-    """Answer to a query: which partition this client holds."""
-    return RecordDict({HEAD: ConfigRecord({PARTITION: partition_id})})
+        report = record_to_report(reply.content, limits)
+    except Exception as error:  # whatever a stranger's bytes do, the run goes on
+        return Failure(dispatch, partition_id, f"unreadable reply: {type(error).__name__}: {str(error)[:500]}")
+    if (report.dispatch, report.partition_id) != (dispatch, partition_id):
+        return Failure(
+            dispatch,
+            partition_id,
+            f"answer to request {dispatch} of client {partition_id} is signed as request {report.dispatch} of client "
+            f"{report.partition_id}",
+        )
+    return report
 
 
 __all__ = [
+    "HEAD",
     "GridTransport",
     "NoClientsError",
     "instruction_to_record",

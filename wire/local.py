@@ -75,6 +75,10 @@ class LocalTransport:
         self._feed()
         return answers
 
+    def empty_trips(self) -> list[tuple[int, float]]:
+        """None are made: there is no engine here whose overhead would have to be known."""
+        return []
+
     def close(self) -> None:
         """End all worker processes."""
         self._waiting.clear()

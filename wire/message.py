@@ -44,7 +44,8 @@ class DataConfig:
     dir : directory of the torchvision data sets.
     download : let torchvision or the hub download them.
     partition : ``iid``, ``dirichlet:ALPHA`` (labels and sizes differ), ``balanced-dirichlet:ALPHA`` (labels differ,
-        sizes do not: update times then tell devices apart, not data), ``pathological:CLASSES`` or ``quantity:SIGMA``.
+        sizes do not: update times then tell devices apart, not data), ``pathological:CLASSES``, ``quantity:SIGMA``, or
+        in deployment ``own``: each device has a share of its own, which the server never sees.
     min_size : least examples of a client.
     test_ratio : share of its examples that a client keeps for its own test.
     max_train : use only this many training examples; 0 for all.
@@ -157,6 +158,9 @@ class Job:
     seed : of the run.
     compression : of uploads.
     store_dir : where clients keep what must survive between rounds.
+    lineage : names of this run and of those it continues, newest first, comma-separated: where a device, which keeps
+        its memory under them, looks for it.
+    num_classes, mean, std : of the server's data, per channel and comma-separated: for devices with data of their own.
     """
 
     model: ModelConfig
@@ -167,6 +171,10 @@ class Job:
     seed: int
     compression: CompressionConfig = CompressionConfig()
     store_dir: str = ""
+    lineage: str = ""
+    num_classes: int = 0
+    mean: str = ""
+    std: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,13 +225,14 @@ class Report:
     num_examples : trained or evaluated on.
     label_counts : examples by class, [num_classes].
     train_macs : executed, forward and backward, by the whole request.
-    compute_s : measured on the client's clock.
+    compute_s : of training, measured on the client's clock.
     peak_memory_bytes : weights, gradients, optimiser state and the activations of the largest batch, counted while
         training.
     metrics : ``loss``, ``accuracy`` and what the objective adds.
     narrowed : the part of the spec the client really trained, if it is not all of it; ``state`` holds only that part.
     companions : tensors that the objective has for the server beside the weights.
     num_steps : optimiser steps made.
+    busy_s : of everything the client's process did for this request, its own start and training included; 0 if unknown.
     """
 
     dispatch: int
@@ -240,6 +249,7 @@ class Report:
     narrowed: SubModelSpec | None = None
     companions: State = field(default_factory=dict)
     num_steps: int = 0
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,20 @@ import torch
 from torch import nn
 
 from wire.message import TrainConfig
+from wire.sgd import SGD, Optimizer
 
 VARIATE = "variate:"
 """Prefix of the companions that carry SCAFFOLD's control variates: c down, the change of c_i up."""
 
 
-def make_optimizer(
-    config: TrainConfig, parameters: Iterable[nn.Parameter], learning_rate: float
-) -> torch.optim.Optimizer:
-    """The configured optimiser at ``learning_rate``."""
+def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
+    """The configured optimiser at ``learning_rate``; on accelerators PyTorch's, which moves all tensors at once."""
+    owned = list(parameters)
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )
+        return torch.optim.Adam(owned, lr=learning_rate, weight_decay=config.weight_decay)
+    nesterov = config.nesterov and config.momentum > 0
+    kind = SGD if all(parameter.device.type in ("cpu", "meta") for parameter in owned) else torch.optim.SGD
+    return kind(owned, lr=learning_rate, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay)
 
 
 def learning_rate(config: TrainConfig, server_round: int, num_rounds: int) -> float:

@@ -63,7 +63,7 @@ def test_a_loss_that_explodes_is_an_error_that_names_the_remedy(make_instruction
 def test_a_client_without_examples_is_an_error_that_names_the_remedy(make_instruction, monkeypatch):
     train, test = client_examples(make_instruction("mlp").job.data, 4, 0)
     nobody = replace(train, x=train.x[:0], y=train.y[:0])
-    monkeypatch.setattr("client_app.handler.client_examples", lambda *which: (nobody, test))
+    monkeypatch.setattr("client_app.handler.job_examples", lambda *which: (nobody, test, 10))
     with pytest.raises(TrainingError, match=r"no training example; raise data\.min-size"):
         handle(make_instruction("mlp"))
 

@@ -21,7 +21,12 @@ from wire.message import Instruction, Report
 
 def test_a_run_leaves_its_config_its_log_and_its_checkpoints(tmp_path):
     rows = tiny_run(tmp_path / "run", strategy="fedavg", num_rounds=2, loop__quorum=3)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "config.toml", "events.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
+        "config.toml",
+        "events.jsonl",
+        "lineage",
+    ]
     config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert (config["strategy"], config["loop"]["quorum"]) == ("fedavg", 3)
     run, clients = rows[:2]

@@ -271,6 +271,9 @@ class Scripted:
     def send(self, instruction: Instruction) -> None:
         self.sent.append(instruction)
 
+    def empty_trips(self) -> list[tuple[int, float]]:
+        return []
+
     def receive(self, timeout_s: float) -> list[Report | Failure]:
         ready, self.ready = self.ready, []
         return ready

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,7 +67,8 @@ NO_TENSORS = {"state": 0, "companions": 0}
 @given(specs, st.integers(0, 2**40), st.booleans())
 def test_every_instruction_comes_back_as_it_went(spec, dispatch, wants_delta):
     settings = {"mask": True, "mu": 0.1, "name": "a", "k": 3}
-    sent = Instruction("train", dispatch, 3, 5, 4, JOB, STATE, spec, "proximal", settings, 11, wants_delta, STATE)
+    sent = Instruction("train", dispatch, 3, 5, 4, JOB, STATE, spec, "proximal", settings, 11, 10, True)
+    sent = replace(sent, wants_delta=wants_delta, companions=STATE)
     got = record_to_instruction(instruction_to_record(sent))
     assert same_states(got.state, STATE)
     assert same_states(got.companions, STATE)
@@ -211,6 +213,17 @@ def test_replies_to_messages_of_others_are_ignored():
     assert [answer.dispatch for answer in transport.receive(1.0)] == [1]
 
 
+@pytest.mark.parametrize(("dispatch", "partition_id"), [(2, 0), (1, 1), (-1, 0)])
+def test_an_answer_signed_as_another_requests_fails_its_own_request(dispatch, partition_id):
+    """A client cannot answer in the name of another."""
+    transport, _ = transport_of({5: node(0, lambda i: report_to_record(Report(dispatch, partition_id, STATE, 5)))})
+    transport.send(instruction(1, 0))
+    (answer,) = transport.receive(1.0)
+    assert isinstance(answer, Failure)
+    assert (answer.dispatch, answer.partition_id) == (1, 0)
+    assert "is signed as request" in answer.reason
+
+
 def test_waiting_for_a_silent_client_ends_with_the_timeout():
     transport, _ = transport_of({5: node(0, lambda instruction: None)})
     transport.send(instruction(1, 0))
@@ -218,8 +231,8 @@ def test_waiting_for_a_silent_client_ends_with_the_timeout():
 
 
 def test_too_few_clients_are_an_error_that_says_how_many_came():
-    with pytest.raises(NoClientsError, match="only 1 of 3 clients connected within 0 s"):
-        GridTransport(FakeGrid({5: node(0, works)}), 3, join_timeout_s=0.0)  # type: ignore[arg-type]
+    with pytest.raises(NoClientsError, match=r"only 1 of 3 clients connected within 0\.2 s"):
+        GridTransport(FakeGrid({5: node(0, works)}), 3, join_timeout_s=0.2)  # type: ignore[arg-type]
 
 
 def test_a_node_that_is_no_client_of_ours_is_left_alone():
