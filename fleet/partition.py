@@ -15,6 +15,9 @@ from fleet.names import FleetError, parse_count, parse_number, unknown_name
 
 IndexArray = NDArray[np.int64]
 
+PSEUDO_CLIENTS = 8
+"""Parts of ``merged-dirichlet`` that make up one client."""
+
 
 class PartitionError(FleetError):
     """The samples cannot be dealt out as asked."""
@@ -32,6 +35,8 @@ def partition_labels(
     ``balanced-dirichlet:ALPHA``  equal sizes; each client draws its own mix of the L labels from Dir(ALPHA L p), p the
                                   labels' shares (Hsu et al., "Measuring the Effects of Non-Identical Data
                                   Distribution", 2019, whose alpha is ALPHA L): label skew without quantity skew
+    ``merged-dirichlet:ALPHA``    ``dirichlet:ALPHA`` over eight times as many pseudo-clients, eight of which, drawn at
+                                  random, make a client (the way of Co-S2P's authors; how many they merge is our guess)
     ``pathological:CLASSES``      label-sorted shards, CLASSES a client (McMahan et al., 2017); shards never cross
                                   labels, so that no client sees more than CLASSES of them (as in HeteroFL's code)
     ``quantity:SIGMA``            labels at random, sizes proportional to log-normal draws, exp(SIGMA z)
@@ -188,6 +193,15 @@ def _dirichlet(classes: IndexArray, num_clients: int, parameter: str, rng: np.ra
     return [np.concatenate(piece) for piece in pieces]
 
 
+def _merged_dirichlet(
+    classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator
+) -> list[IndexArray]:
+    parse_number(f"partition 'merged-dirichlet:{parameter}'", parameter, 0, exclusive=True)
+    pseudo = _dirichlet(classes, num_clients * PSEUDO_CLIENTS, parameter, rng)
+    dealt = rng.permutation(len(pseudo)).reshape(num_clients, PSEUDO_CLIENTS)
+    return [np.concatenate([pseudo[index] for index in mine]) for mine in dealt]
+
+
 def _balanced_dirichlet(
     classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator
 ) -> list[IndexArray]:
@@ -259,6 +273,7 @@ def _quantity(classes: IndexArray, num_clients: int, parameter: str, rng: np.ran
 _SCHEMES: dict[str, Callable[[IndexArray, int, str, np.random.Generator], list[IndexArray]]] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
+    "merged-dirichlet": _merged_dirichlet,
     "balanced-dirichlet": _balanced_dirichlet,
     "pathological": _pathological,
     "quantity": _quantity,

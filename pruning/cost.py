@@ -73,11 +73,13 @@ class CostModel:
     layout : whose specs are priced.
     terms : quantity -> its terms.
     trainable : state-dict keys of the parameters; the others are buffers.
+    shapes : of the full state dict.
     """
 
     layout: Layout
     terms: Mapping[str, tuple[Term, ...]]
     trainable: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
 
     def of(self, spec: SubModelSpec) -> Cost:
         """Price of one spec."""
@@ -160,7 +162,8 @@ def measure_costs(model: nn.Module, layout: Layout, example: Tensor) -> CostMode
     for saved in trace.saved:
         axis, size = factors(saved.key)[saved.dim], tensors[saved.key].shape[saved.dim]
         terms["activation_bytes"].append(Term(saved.bytes / size, (axis,), layout.block_of(saved.key)))
-    return CostModel(layout, {name: tuple(items) for name, items in terms.items()}, frozenset(parameters))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return CostModel(layout, {name: tuple(items) for name, items in terms.items()}, frozenset(parameters), shapes)
 
 
 def _factor(size: int, axes: Sequence[tuple[int, int, Axis]]) -> Factor:

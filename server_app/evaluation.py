@@ -39,15 +39,26 @@ class CentralEvaluator:
         self.calibration = Examples(held_out.x[:cut], held_out.y[:cut], held_out.mean, held_out.std)
         self.test = Examples(held_out.x[cut:], held_out.y[cut:], held_out.mean, held_out.std)
 
-    def __call__(self, state: State, family: Mapping[str, SubModelSpec]) -> dict[str, Any]:
-        """Accuracy and loss of the global model; accuracies of the family; the name of the best member."""
-        row: dict[str, Any] = {"num_examples": len(self.test), **self._test(state, FULL)}
+    def __call__(
+        self, state: State, family: Mapping[str, SubModelSpec], deployed: SubModelSpec = FULL
+    ) -> dict[str, Any]:
+        """Accuracy and loss of the global model; accuracies of the family; the name of the best member.
+
+        ``deployed`` is the part of the model that stands for it; ``depth`` says so where that is not all of it.
+        """
+        row: dict[str, Any] = {"num_examples": len(self.test), **self._test(state, deployed)}
+        if deployed.depth is not None:
+            row["depth"] = deployed.depth
         members = []
         for name, spec in family.items():
             tested = self._test(state, spec)
             members.append({"name": name, "retention_ratio": self.cost.retention_ratio(spec), **tested})
         if members:
-            base = {"name": "base", "retention_ratio": 1.0, **{k: v for k, v in row.items() if k != "num_examples"}}
+            base = {
+                "name": "base",
+                "retention_ratio": self.cost.retention_ratio(deployed),
+                **{k: v for k, v in row.items() if k != "num_examples"},
+            }
             row["family"] = [*members, base]
             row["best"] = max(row["family"], key=lambda m: max(m["accuracy"], m["accuracy_reestimated"]))["name"]
         return row

@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from pruning.extract import extract
 from pruning.merge import AggregateResult, MaskedMean, is_finite
-from pruning.spec import SubModelSpec
+from pruning.spec import FULL, SubModelSpec
 from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row
 from strategies.client_tests import ask_tests
 from strategies.exchange import Arrival, Entry, Exchange, Transport
@@ -119,6 +119,10 @@ class SubModelStrategy(Strategy):
     def family(self) -> dict[str, SubModelSpec]:
         """Named sub-models worth evaluating beside the global model."""
         return {}
+
+    def deployed(self) -> SubModelSpec:
+        """What stands for the global model in central evaluations: all of it, unless parts have never been trained."""
+        return FULL
 
     def evaluation_order(self, partition_id: int) -> Order:
         """What a client would deploy, and what it needs to be asked to test it."""
@@ -372,7 +376,7 @@ class SubModelStrategy(Strategy):
         where = {"server_round": server_round, "global_version": progress.global_version, "time_s": exchange.now_s}
         if self.setting.evaluate is not None and self.has_global_model:
             is_due = server_round % self.setting.family_every == 0 or server_round == self.setting.job.num_rounds
-            row = self.setting.evaluate(progress.state, self.family() if is_due else {})
+            row = self.setting.evaluate(progress.state, self.family() if is_due else {}, self.deployed())
             self.listen({"event": "evaluation", "where": "central", **where, **row})
             result.evaluate_metrics_serverapp[server_round] = MetricRecord(
                 {k: float(row[k]) for k in ("accuracy", "loss") if k in row}

@@ -123,7 +123,7 @@ class Order:
 
 
 Listener = Callable[[dict[str, Any]], None]
-Evaluator = Callable[[State, Mapping[str, SubModelSpec]], dict[str, Any]]
+Evaluator = Callable[[State, Mapping[str, SubModelSpec], SubModelSpec], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class Setting:
     network : the global model without storage; image_shape: what it reads, [channels, height, width].
     loop : who, when and with what weight.
     durations : of the simulated fleet; None in deployment.
-    evaluate : central evaluation of (state, family of named specs), every ``evaluate_every`` rounds; None for none.
+    evaluate : central evaluation of (state, family of named specs, what stands for the global model), every
+        ``evaluate_every`` rounds; None for none.
         The family is shown every ``family_every`` rounds.
     evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
     own_classes : whether a client's test counts only the classes that it has as possible answers.

@@ -44,8 +44,9 @@ class DataConfig:
     dir : directory of the torchvision data sets.
     download : let torchvision or the hub download them.
     partition : ``iid``, ``dirichlet:ALPHA`` (labels and sizes differ), ``balanced-dirichlet:ALPHA`` (labels differ,
-        sizes do not: update times then tell devices apart, not data), ``pathological:CLASSES``, ``quantity:SIGMA``, or
-        in deployment ``own``: each device has a share of its own, which the server never sees.
+        sizes do not: update times then tell devices apart, not data), ``merged-dirichlet:ALPHA``,
+        ``pathological:CLASSES``, ``quantity:SIGMA``, or in deployment ``own``: each device has a share of its own,
+        which the server never sees.
     min_size : least examples of a client.
     test_ratio : share of its examples that a client keeps for its own test.
     max_train : use only this many training examples; 0 for all.

@@ -43,6 +43,7 @@ ZOO: Mapping[str, Builder] = {
     "vgg11": partial(vgg, num_layers=11),
     "vgg16": partial(vgg, num_layers=16),
     "mobilenet_v2": mobilenet_v2,
+    "vit_micro": partial(vit, dim=64, num_heads=4, num_blocks=8, grid=4),
     "vit_tiny": partial(vit, dim=192, num_heads=3, num_blocks=8),
     "vit_86m": partial(vit, dim=768, num_heads=12, num_blocks=12),
     "vit_115m": partial(vit, dim=768, num_heads=12, num_blocks=16),

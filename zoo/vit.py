@@ -1,4 +1,4 @@
-"""Pre-norm vision transformers with exit heads: ``vit_tiny``, ``vit_86m`` and ``vit_115m``.
+"""Pre-norm vision transformers with exit heads: ``vit_micro``, ``vit_tiny``, ``vit_86m`` and ``vit_115m``.
 
 Dosovitskiy et al. (arXiv 2010.11929) for the body; exit heads behind L/4, L/2, 3L/4 and L blocks as in Co-S2P.
 The residual width never shrinks: layer normalisation mixes all of it, so removing a channel would not be silencing it.
@@ -94,6 +94,7 @@ def vit(
     num_heads: int,
     num_blocks: int,
     patch_size: int | None = None,
+    grid: int | None = None,
     mlp_ratio: float = 4.0,
     fused_qkv: bool = True,
     exits: bool = False,
@@ -101,11 +102,14 @@ def vit(
 ) -> tuple[BlockChain, Layout]:
     """A vision transformer; ``dim`` is the residual width and ``dim / num_heads`` the width of one head.
 
-    ``patch_size`` None means 16 pixels from 128 up and an eighth of the image (at least 1) below that.
+    ``patch_size`` None means the image in ``grid`` by ``grid`` patches where that is given, else 16 pixels from 128 up
+    and an eighth of the image (at least 1) below that.
     ``width`` scales heads and neurons, never the residual width. Groups: ``block0.heads``, ``block0.mlp``, ...
     Without exits the only head stays at every depth; with them each exit belongs to the block it stands behind.
     """
-    if patch_size is None:
+    if patch_size is None and grid is not None:
+        patch_size = max(1, image_size // grid)
+    elif patch_size is None:
         patch_size = 16 if image_size >= 128 else max(1, image_size // 8)
     if image_size % patch_size:
         raise ValueError(

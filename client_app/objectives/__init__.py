@@ -13,6 +13,8 @@ from client_app.objectives.base import Findings, Fitted, Loss, Objective, Object
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.drift import proximal, variates
+from client_app.objectives.exit_choice import exit_choice
+from client_app.objectives.masks import mask_learning
 from client_app.objectives.nested import nested
 from client_app.objectives.ordered_dropout import ordered_dropout
 from client_app.objectives.sparsity import sparse
@@ -24,6 +26,7 @@ OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
     "cross-entropy": cross_entropy,
     "deepest-teaches": deepest_teaches,
     "exits": exits,
+    "mask-learning": mask_learning,
     "mutual": mutual,
     "nested": nested,
     "ordered-dropout": ordered_dropout,
@@ -32,6 +35,7 @@ OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
 
 CORRECTIONS: Mapping[str, Callable[[Task, Objective], Objective]] = {
     "proximal": proximal,
+    "exit-choice": exit_choice,
     "sparse": sparse,
     "variates": variates,
 }

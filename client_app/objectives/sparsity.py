@@ -14,7 +14,7 @@ from pruning.importance import bn_scale_axes
 
 def sparse(task: Task, inner: Objective) -> Objective:
     """Add ``train.sparsity`` times the penalty that ``train.sparsity-norm`` names."""
-    penalty = sparsity_penalty(task)
+    penalty = sparsity_penalty(replace(task, model=inner.model))  # a base may have cut it down
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         value, logits = inner.loss(x, y)

@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vgg11": {"width": 0.125},
     "vgg16": {"width": 0.125},
     "mobilenet_v2": {"width": 0.25},
+    "vit_micro": {},
     "vit_tiny": {},
 }
 TOO_LARGE_OR_ALIKE = {"resnet32", "resnet56", "vit_86m", "vit_115m"}

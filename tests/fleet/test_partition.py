@@ -14,6 +14,7 @@ SKEWED = [
     "dirichlet:1e-6",
     "dirichlet:10",
     "balanced-dirichlet:0.1",
+    "merged-dirichlet:0.1",
     "quantity:0",
     "quantity:2",
 ]
@@ -84,6 +85,21 @@ def test_label_skew_grows_as_alpha_falls(scheme):
     assert strong > 0.6
 
 
+def test_a_client_of_a_merged_dirichlet_is_eight_pseudo_clients_and_so_less_skewed_than_one():
+    parts = partition_labels(BALANCED, 10, "merged-dirichlet:0.1", 3, 0)
+    pseudo = {tuple(part) for part in partition_labels(BALANCED, 80, "dirichlet:0.1", 3, 0) if len(part)}
+    for part in parts:
+        inside = [mine for mine in pseudo if set(mine) <= set(part.tolist())]
+        assert sum(map(len, inside)) == len(part)
+        assert len(inside) <= 8
+
+    def mean_largest_share(scheme: str) -> float:
+        counts = label_counts(BALANCED, partition_labels(BALANCED, 10, scheme, 3, 1), 10)
+        return float((counts.max(1) / counts.sum(1)).mean())
+
+    assert mean_largest_share("merged-dirichlet:0.1") < 0.8 * mean_largest_share("dirichlet:0.1")
+
+
 def test_dirichlet_shares_of_a_label_have_the_mean_and_variance_of_their_distribution():
     alpha, num_clients = 0.5, 5
     shares = np.concatenate(
@@ -114,6 +130,7 @@ def test_quantity_skew_has_the_configured_spread_of_sizes():
         ({"scheme": "dirichlet:0"}, "a number > 0"),
         ({"scheme": "dirichlet"}, "got ''"),
         ({"scheme": "balanced-dirichlet:x"}, "got 'x'"),
+        ({"scheme": "merged-dirichlet:0"}, "merged-dirichlet:0.*a number > 0"),
         ({"scheme": "iid:3"}, "takes no parameter"),
         ({"scheme": "quantity:-1"}, "a number >= 0"),
         ({"scheme": "pathological:0"}, "a whole number >= 1"),

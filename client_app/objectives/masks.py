@@ -1,0 +1,226 @@
+"""Co-S2P's client: learn which units to keep with the weights frozen, then train those, as a physically small model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import log
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from client_app.batches import batches
+from client_app.meter import MemoryMeter
+from client_app.objectives.base import Findings, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.cross_entropy import cross_entropy
+from client_app.objectives.distillation import deepest_teaches, exits, mutual
+from client_app.objectives.gates import READERS, Gates, readers_of
+from pruning.capability import groups_within, inner_groups, widths_at
+from pruning.cost import CostModel, measure_costs
+from pruning.extract import narrow, resize, shapes_of
+from pruning.groups import Group, Layout
+from pruning.spec import SubModelSpec
+from wire.training import make_optimizer
+
+THEN = {"cross-entropy": cross_entropy, "exits": exits, "deepest-teaches": deepest_teaches, "mutual": mutual}
+"""What the small model may be trained with."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the mask phase came to.
+
+    Attributes
+    ----------
+    spec : the part of the received sub-model that is kept.
+    memory : scores and optimiser state, for the next time.
+    loss : of the last epoch, with open and shut gates.
+    num_seen : examples passed through, forward and backward.
+    peak_memory_bytes : of this phase.
+    """
+
+    spec: SubModelSpec
+    memory: Mapping[str, object]
+    loss: float
+    num_seen: int
+    peak_memory_bytes: int
+
+
+def mask_learning(task: Task) -> Objective:
+    """Learn a width mask, cut the model down to it, and go on with the objective ``then``.
+
+    Settings: ``then`` (``cross-entropy``, ``exits``, ``deepest-teaches`` or ``mutual``, with its own settings),
+    ``width-rate``, ``mask-epochs``, ``mask-learning-rate``, ``mask-penalty`` and ``mask-select``. The small model
+    starts from the weights as they were received. Who only evaluates learns nothing and keeps every unit.
+
+    Raises
+    ------
+    ObjectiveError
+        For an unknown ``then`` or ``mask-select``, or a model without a unit to choose.
+    """
+    kind = str(task.settings.get("then", "cross-entropy"))
+    if kind not in THEN:
+        raise ObjectiveError(f"objective: mask-learning: then: got {kind!r}, expected one of {', '.join(THEN)}")
+    if task.examples is None:
+        return THEN[kind](task)
+    shapes = shapes_of(task.full.state_dict())
+    learned = learn_mask(task)
+    part = narrow(task.model.state_dict(), task.layout, task.spec, learned.spec, shapes)
+    with torch.device("meta"):
+        small = resize(task.full, task.layout, learned.spec)
+    small.load_state_dict({key: tensor.clone().contiguous() for key, tensor in part.items()}, assign=True)
+    small.requires_grad_(True).train()
+    task.model.to("meta")  # the device has room for one of the two
+    inner = THEN[kind](replace(task, model=small, spec=learned.spec))
+    cost = _costs(task.full, task.layout, tuple(task.examples.x.shape[1:]))
+    num_trained = 0
+
+    def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal num_trained
+        num_trained += len(y)
+        return inner.loss(x, y)
+
+    def finish(num_steps: int) -> Findings:
+        found = inner.finish(num_steps)
+        # Forward, and backward to the activations; no gradient of any weight but those of the last head.
+        macs = 2.0 * cost.of(task.spec).macs * learned.num_seen + cost.of(learned.spec).train_macs * num_trained
+        return replace(
+            found,
+            memory={**found.memory, **learned.memory},
+            metrics={**found.metrics, "mask_loss": learned.loss},
+            narrowed=learned.spec,
+            train_macs=float(macs),
+            peak_memory_bytes=max(found.peak_memory_bytes, learned.peak_memory_bytes),
+        )
+
+    return replace(inner, loss=loss, finish=finish, narrowed=learned.spec)
+
+
+def learn_mask(task: Task) -> Learned:
+    """Train the scores with the weights frozen; the model is left as it was received.
+
+    Trained beside the scores, and forgotten afterwards: normalisation, class token and positions (whatever belongs to
+    no linear layer or convolution) and the deepest head. Loss: CE(deepest exit) + lambda |mean(gates) - width rate|.
+    """
+    assert task.examples is not None
+    settings = task.settings
+    rate, penalty = float(settings["width-rate"]), float(settings.get("mask-penalty", 1.0))
+    model, device = task.model, next(task.model.parameters()).device
+    groups = gated_groups(task)
+    gates = Gates(model, groups, _first_scores(task, groups, rate, device))
+    trained = _trained_beside(model)
+    before = {key: t.detach().clone() for key, t in model.state_dict(keep_vars=True).items() if _may_change(t, trained)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is p for p in trained))
+    scores_optimizer = torch.optim.Adam([gates.scores], lr=float(settings.get("mask-learning-rate", 0.01)))
+    _restore(scores_optimizer, task.memory, gates)
+    optimizer = make_optimizer(task.train, trained, task.learning_rate)
+    meter = MemoryMeter(model, task.train.momentum > 0 or task.train.optimizer == "adam")
+    total, num_seen, num_examples = 0.0, 0, len(task.examples)
+    for _ in range(int(settings.get("mask-epochs", 20))):
+        total = 0.0
+        for index in batches(num_examples, task.train.batch_size, task.generator):
+            x, y = task.examples.batch(index)
+            with meter:
+                drawn = gates.draw(task.generator)
+                value = functional.cross_entropy(last_logits(model(x)), y, label_smoothing=task.train.label_smoothing)
+                value = value + penalty * (drawn.mean() - rate).abs()
+            for one in (optimizer, scores_optimizer):
+                one.zero_grad()
+            value.backward()
+            for one in (optimizer, scores_optimizer):
+                one.step()
+            total += float(value.detach()) * len(y)
+            num_seen += len(y)
+    gates.remove()
+    with torch.no_grad():
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            if key in before:
+                tensor.copy_(before[key])
+    scores = gates.by_group()
+    kept = choose_units(scores, groups, rate, str(settings.get("mask-select", "top-k")), task.generator)
+    spec = SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)
+    memory = {"scores": {name: s.cpu() for name, s in scores.items()}, "optimizer": _exported(scores_optimizer, gates)}
+    return Learned(spec, memory, total / num_examples, num_seen, meter.peak_bytes)
+
+
+def gated_groups(task: Task) -> tuple[Group, ...]:
+    """The groups a client can learn to narrow: inside blocks that it holds, read by layers that can be gated."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in task.full.state_dict().items()}
+    depth = len(task.layout.blocks) if task.spec.depth is None else task.spec.depth
+    modules = dict(task.model.named_modules())
+    held = groups_within(inner_groups(task.layout, shapes), task.layout, depth)
+    found = tuple(g for g in held if readers_of(g, modules) and g.name not in task.spec.units)
+    if not found:
+        raise ObjectiveError("objective: mask-learning: the model has no unit to choose; use another model or masks")
+    return found
+
+
+def choose_units(
+    scores: Mapping[str, Tensor], groups: tuple[Group, ...], rate: float, select: str, generator: torch.Generator
+) -> dict[str, list[int]]:
+    """Final mask: the ``top-k`` of each group, k = round(rate * size); or drawn (``bernoulli``), one unit at least.
+
+    Ties go to the lower index. Groups of which everything is kept are left out.
+    """
+    if select not in ("top-k", "bernoulli"):
+        raise ObjectiveError(f"objective: mask-select: got {select!r}, expected 'top-k' or 'bernoulli'")
+    widths = widths_at(groups, rate)
+    kept = {}
+    for group in groups:
+        ranked = torch.argsort(scores[group.name].cpu(), descending=True, stable=True)
+        units = ranked[: widths[group.name]]
+        if select == "bernoulli":
+            drawn = torch.rand(group.size, generator=generator) < torch.sigmoid(scores[group.name].cpu())
+            units = torch.nonzero(drawn).flatten() if bool(drawn.any()) else ranked[:1]
+        if len(units) < group.size:
+            kept[group.name] = units.tolist()
+    return kept
+
+
+def _first_scores(task: Task, groups: tuple[Group, ...], rate: float, device: torch.device) -> dict[str, Tensor]:
+    """The scores remembered, or logit(rate)."""
+    remembered = task.memory.get("scores", {})
+    start = log(rate / (1 - rate)) if rate < 1 else 0.0
+    return {
+        g.name: remembered[g.name].to(device).clone()
+        if g.name in remembered and len(remembered[g.name]) == g.size
+        else torch.full((g.size,), start, device=device)
+        for g in groups
+    }
+
+
+def _trained_beside(model: nn.Module) -> list[nn.Parameter]:
+    """Whatever belongs to no linear layer or convolution, and the deepest head."""
+    found = [p for m in model.modules() if not isinstance(m, READERS) for p in m.parameters(recurse=False)]
+    heads = getattr(model, "heads", None)
+    last = list(heads[-1].parameters()) if isinstance(heads, nn.ModuleList) and len(heads) else []
+    return [*found, *(p for p in last if all(p is not other for other in found))]
+
+
+def _may_change(tensor: Tensor, trained: list[nn.Parameter]) -> bool:
+    return not isinstance(tensor, nn.Parameter) or any(tensor is p for p in trained)
+
+
+def _exported(optimizer: torch.optim.Adam, gates: Gates) -> dict[str, object]:
+    state = optimizer.state[gates.scores]
+    moments = {name: state[name].cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
+    return {"groups": [group.name for group in gates.groups], **moments}
+
+
+def _restore(optimizer: torch.optim.Adam, memory: Mapping[str, object], gates: Gates) -> None:
+    """Go on with the optimiser's state of the client's last mask phase, if it was over the same units."""
+    kept = memory.get("optimizer")
+    if not isinstance(kept, dict) or kept["groups"] != [group.name for group in gates.groups]:
+        return
+    if len(kept["exp_avg"]) == len(gates.scores):
+        device = gates.scores.device
+        moments = {name: kept[name].to(device).clone() for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[gates.scores] = {"step": kept["step"].clone(), **moments}
+
+
+@lru_cache(maxsize=4)
+def _costs(full: nn.Module, layout: Layout, shape: tuple[int, ...]) -> CostModel:
+    return measure_costs(full, layout, torch.empty(2, *shape, device="meta"))

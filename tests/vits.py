@@ -1,0 +1,16 @@
+"""A vision transformer small enough for tests: four blocks, four heads, exits at every quarter."""
+
+from __future__ import annotations
+
+from pruning.groups import Layout
+from zoo.chain import BlockChain
+from zoo.vit import vit
+
+
+def small(
+    num_classes: int, in_channels: int, image_size: int, *, exits: bool = False, width: float = 1.0
+) -> tuple[BlockChain, Layout]:
+    """``model.name = tests.vits:small``."""
+    return vit(
+        num_classes, in_channels, image_size, dim=32, num_heads=4, num_blocks=4, grid=4, exits=exits, width=width
+    )
