@@ -43,6 +43,7 @@ def save_checkpoint(
     content = {
         "format": FORMAT,
         "state": progress.state,
+        "mean_square": progress.mean_square,
         "held_tensors": [
             {name: dict(getattr(arrival.answer, name, {})) for name in ("state", "companions")}
             for arrival in progress.held
@@ -51,6 +52,7 @@ def save_checkpoint(
             {
                 **scalars,
                 "last_dispatch": {str(pid): dispatch for pid, dispatch in progress.last_dispatch.items()},
+                "clocks": {str(pid): clock for pid, clock in progress.clocks.items()},
                 "held": held,
                 "config": dict(config),
                 "num_rows": num_rows,
@@ -105,6 +107,8 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         now_s=plain["now_s"],
         next_dispatch=plain["next_dispatch"],
         last_dispatch={int(pid): dispatch for pid, dispatch in plain["last_dispatch"].items()},
+        clocks={int(pid): clock for pid, clock in plain["clocks"].items()},
+        mean_square=content["mean_square"],
         held=[_arrival_from_plain(raw, own) for raw, own in zip(plain["held"], content["held_tensors"], strict=True)],
     )
     return progress, content["own"], plain["config"], plain["num_rows"]

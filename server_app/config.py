@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from strategies import STRATEGIES
+from strategies import LOOPS, STRATEGIES
+from strategies.loop import LoopConfig, in_force
 from strategies.robust import RobustConfig
-from strategies.setting import DeploymentConfig, LoopConfig
+from strategies.setting import DeploymentConfig
 from wire.check import Limits
 from wire.flat import ConfigError, Scalar, cast_scalar, from_flat, known_keys, nearest, require, require_choice, to_flat
 from wire.message import CompressionConfig, DataConfig, ModelConfig, TrainConfig
@@ -119,10 +120,10 @@ class RunConfig:
         require(self.reply_timeout_s > 0, "reply-timeout-s", self.reply_timeout_s, "> 0")
         require(self.keep_checkpoints >= 1, "keep-checkpoints", self.keep_checkpoints, ">= 1")
         require(
-            self.loop.quorum <= self.num_clients,
-            "loop.quorum",
-            self.loop.quorum,
-            f"at most the number of clients, {self.num_clients}",
+            self.loop.preset in ("", *LOOPS),
+            "loop.preset",
+            self.loop.preset,
+            f"one of {', '.join(LOOPS)}, or nothing{nearest(self.loop.preset, LOOPS)}",
         )
 
 
@@ -134,14 +135,17 @@ class Config:
     ----------
     run : what every run has.
     method : instance of the strategy's ``Config``.
+    preset : instance of the ``Config`` of ``loop.preset``; None without.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
     method: Any = None
+    preset: Any = None
 
     def flat(self) -> dict[str, Scalar]:
-        """Every key in force, the chosen strategy's only."""
-        return to_flat(self.run) | to_flat(self.method, self.run.strategy + ".")
+        """Every key in force, the chosen strategy's and the loop preset's only."""
+        preset = to_flat(self.preset, self.run.loop.preset + ".") if self.preset is not None else {}
+        return to_flat(self.run) | to_flat(self.method, self.run.strategy + ".") | preset
 
 
 def parse(flat: Mapping[str, Any]) -> Config:
@@ -150,7 +154,8 @@ def parse(flat: Mapping[str, Any]) -> Config:
     Raises
     ------
     ConfigError
-        If a key is unknown, or a value has the wrong type or range. Settings of other strategies are checked as well.
+        If a key is unknown, a value has the wrong type or range, or settings of the loop contradict each other.
+        Settings of other strategies are checked as well.
     """
     every = _all_keys()
     for key in flat:
@@ -158,12 +163,15 @@ def parse(flat: Mapping[str, Any]) -> Config:
             raise ConfigError(f"config: unknown key {key!r}{nearest(key, every)}")
     general = {key: value for key, value in flat.items() if key in known_keys(RunConfig)}
     run = from_flat(RunConfig, general)
-    method: Any = None
+    methods: dict[str, Any] = {}
     for name, kind in STRATEGIES.items():
         own = {key: value for key, value in flat.items() if key.startswith(name + ".")}
-        settings: Any = from_flat(kind.Config, own, name + ".")
-        method = settings if name == run.strategy else method
-    return Config(run, method)
+        methods[name] = from_flat(kind.Config, own, name + ".")
+    preset = run.strategy if run.strategy in LOOPS else run.loop.preset
+    if preset:
+        run = replace(run, loop=in_force(run.loop, preset, methods[preset], run.num_clients))
+    run.loop.check(run.num_clients, "" if run.compression.kind == "none" else "compression")
+    return Config(run, methods[run.strategy], methods.get(preset))
 
 
 def parse_overrides(words: list[str]) -> dict[str, Scalar]:

@@ -162,6 +162,8 @@ def build(
         family_every=evaluation.family_every,
         own_classes=evaluation.own_classes,
         reply_timeout_s=run_config.reply_timeout_s,
+        versions_dir=str(folder / "versions"),
+        keep_checkpoints=run_config.keep_checkpoints,
         network=copy.deepcopy(model).to("meta"),
         image_shape=shape,
         deployment=run_config.deployment,
@@ -239,8 +241,9 @@ def _resume(config: Config, folder: Path) -> tuple[Progress, dict[str, Any], int
     if (home / LINEAGE).is_file():
         with (folder / LINEAGE).open("a", encoding="utf-8") as file:
             file.write((home / LINEAGE).read_text(encoding="utf-8"))
-    if (home / "clients").is_dir():
-        shutil.copytree(home / "clients", folder / "clients", dirs_exist_ok=True)
+    for name in ("clients", "versions"):
+        if (home / name).is_dir():
+            shutil.copytree(home / name, folder / name, dirs_exist_ok=True)
     return progress, own, num_rows
 
 

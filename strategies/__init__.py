@@ -2,16 +2,22 @@
 
 from strategies.adaptcl import AdaptCL
 from strategies.base import SubModelStrategy
+from strategies.dc_asgd import DCASGD
+from strategies.fedasync import FedAsync
 from strategies.fedavg import FedAvg
+from strategies.fedbuff import FedBuff
 from strategies.fedmp import FedMP
 from strategies.fednova import FedNova
 from strategies.fedprox import FedProx
 from strategies.fedrolex import FedRolex
 from strategies.fjord import FjORD
 from strategies.heterofl import HeteroFL
+from strategies.loop import has_own_loop
 from strategies.only_capable import OnlyCapable
 from strategies.scaffold import Scaffold
+from strategies.semi_async import SemiAsync
 from strategies.smallest_everywhere import SmallestEverywhere
+from strategies.ssp import SSP
 
 STRATEGIES: dict[str, type[SubModelStrategy]] = {
     kind.name: kind
@@ -27,14 +33,27 @@ STRATEGIES: dict[str, type[SubModelStrategy]] = {
         FedMP,
         FjORD,
         FedRolex,
+        SemiAsync,
+        FedAsync,
+        FedBuff,
+        SSP,
+        DCASGD,
     )
 }
 """Every method by the name that ``strategy = ...`` takes."""
 
+LOOPS: dict[str, type[SubModelStrategy]] = {name: kind for name, kind in STRATEGIES.items() if has_own_loop(kind)}
+"""Those that are a way to run the loop, by the name that ``loop.preset = ...`` takes as well."""
+
 __all__ = [
+    "DCASGD",
+    "LOOPS",
+    "SSP",
     "STRATEGIES",
     "AdaptCL",
+    "FedAsync",
     "FedAvg",
+    "FedBuff",
     "FedMP",
     "FedNova",
     "FedProx",
@@ -43,6 +62,7 @@ __all__ = [
     "HeteroFL",
     "OnlyCapable",
     "Scaffold",
+    "SemiAsync",
     "SmallestEverywhere",
     "SubModelStrategy",
 ]

@@ -85,6 +85,7 @@ class AdaptCL(SubModelStrategy):
         self._rates: RateState = {}
         self._scores: Mapping[str, np.ndarray] | None = None
         self._families: dict[int, NestedFamily] = {}
+        self._decided_in = 0
 
     def begin(self) -> None:
         """Growing needs an order at once; before any training, every layer's first units are as good as any."""
@@ -93,8 +94,10 @@ class AdaptCL(SubModelStrategy):
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Decide the rates when it is time; then everybody trains the member of the family that its rate names."""
-        if server_round > 1 and (server_round - 1) % self.config.pruning_interval == 0:
+        is_due = server_round > 1 and (server_round - 1) % self.config.pruning_interval == 0
+        if is_due and server_round != self._decided_in:  # a round may ask several times
             self._decide(server_round)
+            self._decided_in = server_round
         specs = {pid: self._spec_of(pid) for pid in clients}
         if self.config.local_objective == "plain" or self._scores is None or not self.config.identical:
             return {pid: Order(spec) for pid, spec in specs.items()}

@@ -42,7 +42,7 @@ def check_narrowed(report: Report, spec: SubModelSpec, layout: Layout) -> SubMod
 
 
 def check_report(report: Report, state: State, sent: State) -> Report:
-    """Return the report with dense values, ready to be merged.
+    """Return the report with dense entries: values, or steps where it ``is_delta``.
 
     Parameters
     ----------
@@ -78,11 +78,37 @@ def check_report(report: Report, state: State, sent: State) -> Report:
     if not report.is_delta:
         return report
     delta = densify(report.state, sent) if report.is_sparse else report.state
-    if delta.keys() - sent.keys() or any(delta[key].shape != sent[key].shape for key in delta):
-        raise ReportError("report: its update does not fit the sub-model that was sent")
-    # A stale answer is a step from where it started; taken from here, newer weights are not replaced.
-    values = {key: sent[key] + d if d.is_floating_point() else d for key, d in delta.items()}
-    return replace(report, state=values, is_delta=False, is_sparse=False)
+    for key, tensor in delta.items():
+        if key not in sent:
+            raise ReportError(f"report: its update does not fit the sub-model that was sent: it has no entry {key!r}")
+        if tensor.shape != sent[key].shape:
+            shapes = f"should have shape {tuple(sent[key].shape)}, got {tuple(tensor.shape)}"
+            raise ReportError(f"report: its update does not fit the sub-model that was sent: entry {key!r} {shapes}")
+    return replace(report, state=delta, is_sparse=False)
+
+
+def rebase(report: Report, now: State, scale: float = 1.0) -> Report:
+    """Return a checked report as values to be merged now: ``now + scale * step``.
+
+    A stale answer is a step from where it started; taken from here, newer weights are not replaced. Of an answer that
+    holds values, ``values - now`` is the step.
+
+    Parameters
+    ----------
+    now : the client's part of the global model, as it is now.
+    scale : the share of the step that counts, >= 0.
+    """
+    if not report.is_delta and scale == 1:
+        return report
+    values = {}
+    for key, tensor in report.state.items():
+        before = now.get(key, tensor)
+        if not tensor.is_floating_point() or before.shape != tensor.shape:
+            values[key] = tensor  # what does not fit is turned away by the merge
+        else:
+            step = tensor if report.is_delta else tensor - before
+            values[key] = before + (step if scale == 1 else scale * step)
+    return replace(report, state=values, is_delta=False)
 
 
 def check_tested(report: Report) -> Report:

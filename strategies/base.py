@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
@@ -22,10 +21,14 @@ from flwr.serverapp.strategy import Result, Strategy
 from pruning.extract import extract
 from pruning.merge import AggregateResult, MaskedMean, is_finite
 from pruning.spec import FULL, SubModelSpec
-from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row
+from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row, rebase
+from strategies.asking import choose
 from strategies.client_tests import ask_tests
+from strategies.delay import compensate_report, first_mean_square
 from strategies.exchange import Arrival, Entry, Exchange, Transport
-from strategies.setting import Listener, Order, Progress, Setting, staleness_weight
+from strategies.loop import has_own_loop, in_force
+from strategies.setting import Listener, Order, Progress, Setting
+from strategies.versions import VersionStore
 from wire.flat import refuse
 from wire.grid import GridTransport
 from wire.message import Failure, Instruction, Report, State
@@ -58,7 +61,9 @@ class SubModelStrategy(Strategy):
     has_global_model: ClassVar[bool] = True
     """Whether the merged state is a model to test; if not, clients test what each of them has."""
     sends_deltas: ClassVar[bool] = False
-    """Whether answers are merged as differences; always so when they may be stale."""
+    """Whether answers are differences, even where none is stale and nothing is compressed."""
+    needs_versions: ClassVar[bool] = False
+    """Whether the method compares with the model that a client started from (``sent_state``)."""
 
     def __init__(
         self,
@@ -69,11 +74,14 @@ class SubModelStrategy(Strategy):
     ) -> None:
         self.config, self.setting, self.listen, self.keep = config, setting, listen, keep
         self.layout, self.cost, self.loop = setting.layout, setting.cost, setting.loop
+        if has_own_loop(type(self)):
+            self.loop = in_force(setting.loop, self.name, config, setting.job.num_clients)
         self.seed = setting.job.seed
         self.progress = Progress({})
         self._num_merged = 0
         self._kept_dispatch: dict[int, int] = {}
         self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
+        self._versions: VersionStore | None = None
 
     # --- what a method decides ---------------------------------------------------------------------------------------
 
@@ -94,7 +102,10 @@ class SubModelStrategy(Strategy):
         """Called once before the first round of a fresh run; ``self.progress.state`` is the initial model."""
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
-        """Say what each of ``clients`` is asked for; a client left out is not asked this round."""
+        """Say what each of ``clients`` is asked for; a client left out is not asked this time.
+
+        Called once a round, and with ``loop.ask = on-arrival`` again for whoever becomes free before it closes.
+        """
         return {partition_id: Order() for partition_id in clients}
 
     def follow_up(self, server_round: int) -> dict[int, Order]:
@@ -106,7 +117,7 @@ class SubModelStrategy(Strategy):
 
     def weigh(self, report: Report, staleness: int) -> float:
         """Weight of an answer in the merge."""
-        return report.num_examples * staleness_weight(self.loop.staleness, staleness)
+        return self.loop.weight(report.num_examples, staleness)
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Take one checked answer into the merge; a ``ValueError`` turns the answer away before it changed anything."""
@@ -163,11 +174,8 @@ class SubModelStrategy(Strategy):
         self.check()
         num_asked = sum(map(self.takes_part, range(self.setting.job.num_clients)))
         refuse(num_asked == 0, f"strategy={self.name}", "no client may take part")
-        refuse(
-            self.loop.quorum > num_asked,
-            f"loop.quorum={self.loop.quorum}",
-            f"only {num_asked} clients take part; a round would never reach its quorum",
-        )
+        is_compressed = self.setting.job.compression.kind != "none"
+        self.loop.check(num_asked, self.name if self.sends_deltas else "compression" if is_compressed else "")
         transport = self._transport(grid)
         if initial_arrays is not None and not self.progress.state:
             self.progress.state = dict(initial_arrays.to_torch_state_dict())
@@ -177,6 +185,9 @@ class SubModelStrategy(Strategy):
             transport, self.setting.durations, progress.now_s, progress.next_dispatch, self.setting.reply_timeout_s
         )
         exchange.hold(progress.held)
+        if self.needs_versions or self.loop.compensation:
+            self._versions = VersionStore(self.setting.versions_dir, self.setting.keep_checkpoints)
+            self._versions.expect({arrival.entry.global_version for arrival in progress.held})
         num_empty = 0
         if progress.server_round == 0:
             self._evaluate(exchange, 0, result, evaluate_fn)
@@ -196,8 +207,12 @@ class SubModelStrategy(Strategy):
                     self._evaluate(exchange, server_round, result, evaluate_fn)
                 progress.held = [] if self.loop.is_barrier or not exchange.is_virtual else exchange.held()
                 self.keep(progress, self.export_state())
+                if self._versions is not None:
+                    self._versions.release(exchange.versions())
         finally:
             transport.close()
+            if self._versions is not None:
+                self._versions.close()
         result.arrays = ArrayRecord(progress.state)
         return result
 
@@ -226,7 +241,7 @@ class SubModelStrategy(Strategy):
         self._extracted.clear()
         self._num_merged = 0
         self._kept_dispatch = dict(progress.last_dispatch)
-        clients = self._ask(exchange, server_round)
+        clients = choose(self.loop, exchange, progress.clocks, (self.seed, server_round), self.takes_part)
         orders = self.plan(server_round, clients)
         if clients and not orders and not exchange.busy():
             return None
@@ -238,8 +253,13 @@ class SubModelStrategy(Strategy):
                 self._dispatch(exchange, server_round, partition_id, order)
             for arrival in self._arrivals(exchange, start_s):
                 began = time.process_time()
-                taken.setdefault(arrival.entry.partition_id, []).append(self._take(arrival, mean))
+                num_before = self._num_merged
+                asked_once = self.loop.ask == "on-arrival"  # then a client's answers are independent of each other
+                key = arrival.entry.dispatch if asked_once else arrival.entry.partition_id
+                taken.setdefault(key, []).append(self._take(arrival, mean))
                 cpu_s += time.process_time() - began
+                if asked_once and self._num_merged > num_before and not self._is_closed(exchange, start_s):
+                    self._refill(exchange, server_round)
             exchange.advance_to(max((row["finish_s"] for rows in taken.values() for row in rows[-1:]), default=start_s))
             orders = self.follow_up(server_round)
             is_open = bool(orders)
@@ -259,55 +279,52 @@ class SubModelStrategy(Strategy):
         self.listen(merge_row(merged, server_round, progress.global_version, exchange.now_s, cpu_s))
         return self._num_merged
 
-    def _ask(self, exchange: Exchange, server_round: int) -> list[int]:
-        """Free and available clients, as many as a round asks, drawn by the run's seed."""
-        durations, busy = self.setting.durations, exchange.busy()
-        free = [pid for pid in exchange.transport.clients() if pid not in busy and self.takes_part(pid)]
-        if durations is not None:
-            awake = [pid for pid in free if durations.is_available(pid, exchange.now_s)]
-            if free and not awake and not busy:
-                exchange.advance_to(min(durations.next_available_s(pid, exchange.now_s) for pid in free))
-                awake = [pid for pid in free if durations.is_available(pid, exchange.now_s)]
-            free = awake
-        wanted = self.loop.clients_per_round
-        if not wanted or wanted >= len(free):
-            return free
-        rng = np.random.default_rng((self.seed, server_round))
-        return sorted(int(pid) for pid in rng.choice(free, size=wanted, replace=False))
+    def _refill(self, exchange: Exchange, server_round: int) -> None:
+        """Ask whoever has become free. Only after an answer that counts: who fails at once is not asked for ever."""
+        draw = (self.seed, server_round, exchange.next_dispatch)
+        clients = choose(self.loop, exchange, self.progress.clocks, draw, self.takes_part)
+        for partition_id, order in (self.plan(server_round, clients) if clients else {}).items():
+            self._dispatch(exchange, server_round, partition_id, order)
 
     def _dispatch(self, exchange: Exchange, server_round: int, partition_id: int, order: Order) -> int:
-        job = self.setting.job
-        wants_delta = self.sends_deltas or self.loop.max_staleness > 0 or job.compression.kind != "none"
-        blank = Instruction(
-            action="train",
-            dispatch=-1,
-            partition_id=partition_id,
-            server_round=server_round,
-            global_version=self.progress.global_version,
-            job=job,
-            state={},
-            spec=order.spec,
-            objective=order.objective,
-            settings=order.settings,
-            last_dispatch=self.progress.last_dispatch.get(partition_id, -1),
-            kept_dispatch=self._kept_dispatch.get(partition_id, -1),
-            is_partial=order.travels is not None,
-            wants_delta=wants_delta,
-        )
+        blank = self._instruction("train", server_round, partition_id, order)
         entry = Entry(
             -1, partition_id, server_round, self.progress.global_version, order.spec, exchange.now_s, download_bytes=0
         )
         state = self.progress.state  # of this version, however late the request is sent
+        if self._versions is not None:
+            self._versions.put(self.progress.global_version, state)
 
         def make(dispatch: int) -> Instruction:
             return replace(
                 blank,
                 dispatch=dispatch,
+                kept_dispatch=self._kept_dispatch.get(partition_id, -1),
                 state=order.pick(self._extract(state, order.spec)),
                 companions=order.companions(),
             )
 
         return exchange.dispatch(make, lambda dispatch: replace(entry, dispatch=dispatch))
+
+    def _instruction(self, action: str, server_round: int, partition_id: int, order: Order) -> Instruction:
+        """A request that still lacks its number and its tensors."""
+        may_be_stale = self.loop.max_staleness != 0 and self.loop.merge_as == "steps"
+        wants_delta = self.sends_deltas or may_be_stale or self.setting.job.compression.kind != "none"
+        return Instruction(
+            action=action,
+            dispatch=-1,
+            partition_id=partition_id,
+            server_round=server_round,
+            global_version=self.progress.global_version,
+            job=self.setting.job,
+            state={},
+            spec=order.spec,
+            objective=order.objective,
+            settings=order.settings,
+            last_dispatch=self.progress.last_dispatch.get(partition_id, -1),
+            is_partial=order.travels is not None,
+            wants_delta=wants_delta and action == "train",
+        )
 
     def _extract(self, state: State, spec: SubModelSpec) -> dict[str, torch.Tensor]:
         """Equal specs of one version are extracted once; the cache holds few, for specs may all differ."""
@@ -325,8 +342,8 @@ class SubModelStrategy(Strategy):
             while (arrival := exchange.next_in_dispatch_order()) is not None:
                 yield arrival
             return
-        deadline_s = start_s + self.loop.deadline_s if self.loop.deadline_s else math.inf
-        while not self.loop.quorum or self._num_merged < self.loop.quorum:
+        deadline_s = self._deadline_s(start_s)
+        while not self._is_closed(exchange, start_s):
             arrival = exchange.next_arrival(deadline_s)
             if arrival is None and math.isfinite(deadline_s):
                 exchange.advance_to(deadline_s)
@@ -335,8 +352,15 @@ class SubModelStrategy(Strategy):
             if arrival is None:
                 return
             yield arrival
-            if exchange.now_s >= deadline_s and self._num_merged:
-                return
+
+    def _deadline_s(self, start_s: float) -> float:
+        return start_s + self.loop.deadline_s if self.loop.deadline_s else math.inf
+
+    def _is_closed(self, exchange: Exchange, start_s: float) -> bool:
+        """Whether a round that began at ``start_s`` has what it waited for."""
+        if 0 < self.loop.quorum <= self._num_merged:
+            return True
+        return self._num_merged > 0 and exchange.now_s >= self._deadline_s(start_s)
 
     def _take(self, arrival: Arrival, mean: MaskedMean) -> dict[str, Any]:
         """Check one answer, observe and weigh it, add it to the merge; returns its row of the event log."""
@@ -344,20 +368,42 @@ class SubModelStrategy(Strategy):
         staleness = self.progress.global_version - entry.global_version
         if isinstance(answer, Failure):
             return arrival_row(arrival, self.cost, staleness, "failed", answer.reason)
-        if staleness > self.loop.max_staleness:
+        if self.loop.is_too_old(staleness):
             return arrival_row(
                 arrival, self.cost, staleness, "late", f"{staleness} versions old, {self.loop.max_staleness} allowed"
             )
         try:
             held = check_narrowed(answer, entry.spec, self.layout)
-            report = check_report(answer, self.progress.state, self._extract(self.progress.state, held))
+            now = self._extract(self.progress.state, held)
+            report = check_report(answer, self.progress.state, now)
+            mean_square = self.progress.mean_square
+            if self.loop.compensation:
+                mean_square = mean_square or first_mean_square(self.progress.state)
+                sent, place = self.sent_state(entry, held), (self.layout, held)
+                report, mean_square = compensate_report(report, now, sent, mean_square, place, self.loop)
+            report = rebase(report, now, self.loop.step_scale(staleness))
             self.add(mean, entry, report, staleness)
         except ValueError as error:
             return arrival_row(arrival, self.cost, staleness, "rejected", str(error))
         self.observe(arrival, report)
         self._num_merged += 1
+        self.progress.mean_square = mean_square
+        self.progress.clocks[entry.partition_id] = self.progress.clocks.get(entry.partition_id, 0) + 1
         self.progress.last_dispatch[entry.partition_id] = entry.dispatch
         return arrival_row(arrival, self.cost, staleness, "merged", "")
+
+    def sent_state(self, entry: Entry, spec: SubModelSpec | None = None) -> dict[str, torch.Tensor]:
+        """What a client was sent, or a part of it; of an older model as it lies on disk. Needs ``needs_versions``.
+
+        Raises
+        ------
+        VersionError
+            If the older model is not there.
+        """
+        if entry.global_version == self.progress.global_version:
+            return self._extract(self.progress.state, spec or entry.spec)
+        assert self._versions is not None, "a method that looks back says so with needs_versions"
+        return extract(self._versions.get(entry.global_version), self.layout, spec or entry.spec)
 
     def warn(self, server_round: int, message: str) -> None:
         """Put a warning into the event log."""
@@ -401,20 +447,12 @@ class SubModelStrategy(Strategy):
         def instruct(pid: int) -> Instruction:
             order = self.evaluation_order(pid)
             own = {"own-classes": True} if self.setting.own_classes else {}
-            return Instruction(
-                action="evaluate",
+            return replace(
+                self._instruction("evaluate", server_round, pid, order),
                 dispatch=EVALUATION_DISPATCH + server_round * self.setting.job.num_clients + pid,
-                partition_id=pid,
-                server_round=server_round,
-                global_version=self.progress.global_version,
-                job=self.setting.job,
                 state=order.pick(self._extract(self.progress.state, order.spec)),
-                spec=order.spec,
-                objective=order.objective,
                 settings={**order.settings, **own},
                 companions=order.companions(),
-                last_dispatch=self.progress.last_dispatch.get(pid, -1),
-                is_partial=order.travels is not None,
             )
 
         def turn_away(report: Report, error: ValueError) -> None:

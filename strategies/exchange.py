@@ -135,6 +135,11 @@ class Exchange:
         held = {arrival.entry.partition_id for arrival in self._ready.values()}
         return held | {e.partition_id for e, _ in self._queue} | {e.partition_id for e, _ in self._under_way.values()}
 
+    def versions(self) -> set[int]:
+        """Global versions that the requests under way started from."""
+        entries = [e for e, _ in self._queue] + [e for e, _ in self._under_way.values()]
+        return {e.global_version for e in [*entries, *(arrival.entry for arrival in self._ready.values())]}
+
     def held(self) -> list[Arrival]:
         """Answers computed but not yet handed on: they lie in the virtual future."""
         self._pump_until_all_ready()

@@ -16,7 +16,7 @@ from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
 from strategies.levels import LevelsConfig, prefix_family, prefix_of
-from strategies.setting import Order, staleness_weight
+from strategies.setting import Order
 from strategies.variates import Variates, check_variates
 from wire.flat import refuse, require_choice
 from wire.message import Report
@@ -75,7 +75,7 @@ class Scaffold(SubModelStrategy):
 
     def weigh(self, report: Report, staleness: int) -> float:
         """A stale model counts less; a variate is never stale, for it says what its client remembers."""
-        return self._weight(report) * staleness_weight(self.loop.staleness, staleness)
+        return self._weight(report) * self.loop.weight_scale(staleness)
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Average the model, and take the change of the client's variate into account."""

@@ -14,50 +14,11 @@ from pruning.cost import CostModel
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from strategies.exchange import Arrival
+from strategies.loop import LoopConfig, staleness_weight
 from strategies.robust import RobustConfig
 from wire.check import LIMITS, Limits
-from wire.flat import ConfigError, Scalar, require
+from wire.flat import Scalar, require
 from wire.message import Job, State
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Who is asked, when a round closes, and what late answers count. Three independent choices.
-
-    Attributes
-    ----------
-    clients_per_round : free clients asked at the start of a round; 0 for all.
-    quorum : close the round at this many merged answers; 0 waits for everybody.
-    deadline_s : or after this long with at least one; 0 for none.
-    max_staleness : answers older than this many global versions are dropped.
-    staleness : weight of an answer s versions old: ``constant``, ``polynomial:A`` ((1 + s)^-A) or ``hinge:A:B``
-        (1 while s <= B, then 1 / (A (s - B) + 1)) (Xie et al. 2019, section 5.2).
-    mixing_rate : share of the merge that the global model takes over, in (0, 1].
-    max_empty_rounds : stop after this many rounds in a row without a usable answer.
-    """
-
-    clients_per_round: int = 0
-    quorum: int = 0
-    deadline_s: float = 0.0
-    max_staleness: int = 0
-    staleness: str = "constant"
-    mixing_rate: float = 1.0
-    max_empty_rounds: int = 3
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        require(self.clients_per_round >= 0, "clients-per-round", self.clients_per_round, ">= 0")
-        require(self.quorum >= 0, "quorum", self.quorum, ">= 0")
-        require(self.deadline_s >= 0, "deadline-s", self.deadline_s, ">= 0")
-        require(self.max_staleness >= 0, "max-staleness", self.max_staleness, ">= 0")
-        require(0 < self.mixing_rate <= 1, "mixing-rate", self.mixing_rate, "in (0, 1]")
-        require(self.max_empty_rounds >= 1, "max-empty-rounds", self.max_empty_rounds, ">= 1")
-        staleness_weight(self.staleness, 0)
-
-    @property
-    def is_barrier(self) -> bool:
-        """Whether every round waits for everybody it asked."""
-        return self.quorum == 0 and self.deadline_s == 0
 
 
 @dataclass(frozen=True)
@@ -81,22 +42,6 @@ class DeploymentConfig:
         require(self.min_clients >= 0, "min-clients", self.min_clients, ">= 0")
         require(self.join_timeout_s > 0, "join-timeout-s", self.join_timeout_s, "> 0")
         require(self.num_probes >= 0, "num-probes", self.num_probes, ">= 0")
-
-
-def staleness_weight(rule: str, staleness: int) -> float:
-    """Weight of an answer ``staleness`` versions old under a rule of ``LoopConfig.staleness``."""
-    kind, *numbers = rule.split(":")
-    try:
-        values = [float(number) for number in numbers]
-        if kind == "constant" and not values:
-            return 1.0
-        if kind == "polynomial" and len(values) == 1 and values[0] >= 0:
-            return float((1 + staleness) ** -values[0])
-        if kind == "hinge" and len(values) == 2 and values[0] > 0:
-            return 1.0 if staleness <= values[1] else 1 / (values[0] * (staleness - values[1]) + 1)
-    except ValueError:
-        pass
-    raise ConfigError(f"staleness: got {rule!r}, expected 'constant', 'polynomial:A' or 'hinge:A:B'")
 
 
 @dataclass(frozen=True)
@@ -146,6 +91,8 @@ class Setting:
     deployment : how real devices are met.
     limits : of answers.
     robust : how answers of clients that may be malicious are merged.
+    versions_dir : where older global models lie that a rule needs; empty for a temporary folder.
+    keep_checkpoints : so many of the newest rounds can be gone back to, and keep the older models that they need.
     """
 
     job: Job
@@ -164,11 +111,23 @@ class Setting:
     deployment: DeploymentConfig = DeploymentConfig()
     limits: Limits = LIMITS
     robust: RobustConfig = RobustConfig()
+    versions_dir: str = ""
+    keep_checkpoints: int = 2
 
 
 @dataclass
 class Progress:
-    """Where the loop stands; what a checkpoint holds beside the method's own state."""
+    """Where the loop stands; what a checkpoint holds beside the method's own state.
+
+    Attributes
+    ----------
+    state : the global model.
+    server_round, global_version, now_s, next_dispatch : how far the run is.
+    last_dispatch : each client's last request whose answer was merged.
+    held : answers that lie in the virtual future.
+    clocks : each client's number of merged answers.
+    mean_square : running mean of squared steps per entry, where steps are compensated for their delay.
+    """
 
     state: dict[str, torch.Tensor]
     server_round: int = 0
@@ -177,3 +136,8 @@ class Progress:
     next_dispatch: int = 0
     last_dispatch: dict[int, int] = field(default_factory=dict)
     held: list[Arrival] = field(default_factory=list)
+    clocks: dict[int, int] = field(default_factory=dict)
+    mean_square: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+__all__ = ["Evaluator", "Listener", "LoopConfig", "Order", "Progress", "Setting", "staleness_weight"]

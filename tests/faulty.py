@@ -20,8 +20,9 @@ CULPRIT = 1
 
 
 def is_due(instruction: Instruction) -> bool:
-    """Whether this is the request that goes wrong."""
-    return instruction.action == "train" and instruction.partition_id == CULPRIT and instruction.server_round == 1
+    """Whether this is the request that goes wrong; a round may ask several times."""
+    is_first = instruction.server_round == 1 and instruction.dispatch < instruction.job.num_clients
+    return instruction.action == "train" and instruction.partition_id == CULPRIT and is_first
 
 
 def works(instruction: Instruction) -> Report:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from server_app.config import absolute, as_toml, defaults, parse, parse_overrides
-from strategies import STRATEGIES
+from strategies import LOOPS, STRATEGIES
 from tests.runs import tiny_run
-from wire.flat import ConfigError, to_flat
+from wire.flat import ConfigError, kebab, to_flat
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,12 @@ def test_every_default_parses_back_to_itself():
     for name, kind in STRATEGIES.items():
         config = parse({**flat, "strategy": name})
         assert config.method == kind.Config()
-        assert config.flat() == {k: v for k, v in {**flat, "strategy": name}.items() if k in config.flat()}
+        expected = {k: v for k, v in {**flat, "strategy": name}.items() if k in config.flat()}
+        if name in LOOPS:
+            expected |= {"loop.preset": name}
+            expected |= {f"loop.{kebab(k)}": v for k, v in kind.Config().loop_settings(config.run.num_clients).items()}
+        assert config.flat() == expected
+        assert parse(config.flat()) == config
         assert {**config.flat(), **to_flat(kind.Config(), name + ".")} == config.flat()
 
 
@@ -65,7 +70,7 @@ def test_the_resolved_config_is_toml_that_parses_back(tmp_path):
         ({"train.momentum": 1.0}, r"train\.momentum: got 1\.0, expected in \[0, 1\)"),
         ({"train.augment": "blur"}, r"train\.augment: got 'blur', expected 'none' or 'flip-shift'"),
         ({"loop.mixing-rate": 0.0}, r"loop\.mixing-rate: got 0\.0"),
-        ({"loop.quorum": 11, "num-clients": 10}, "loop.quorum: got 11, expected at most the number of clients, 10"),
+        ({"loop.quorum": 11, "num-clients": 10}, "loop.quorum=11: only 10 clients take part"),
         ({"loop.staleness": "linear"}, "loop.*staleness.*'linear'.*'constant', 'polynomial:A' or 'hinge:A:B'"),
         ({"fleet.noise": float("nan")}, "fleet.noise: expected a finite number"),
         ({"evaluation.where": "moon"}, r"evaluation\.where: got 'moon'"),
