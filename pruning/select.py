@@ -26,7 +26,12 @@ class RetentionError(ValueError):
 
 
 def equal_widths(
-    layout: Layout, cost: CostModel, retention_ratio: float, measure: str = "width", round_to: int = 1
+    layout: Layout,
+    cost: CostModel,
+    retention_ratio: float,
+    measure: str = "width",
+    round_to: int = 1,
+    depth: int | None = None,
 ) -> dict[str, int]:
     """Cut all groups by the same fraction.
 
@@ -36,6 +41,7 @@ def equal_widths(
     measure : of what: ``width`` (every group keeps ``ceil(ratio * size)`` units, HeteroFL's rule), or a quantity of the
         cost model (``parameters``, ``prunable``, ``macs``, ``bytes``): then the widest cut that does not exceed it.
     round_to : wide groups keep a multiple of this.
+    depth : blocks that are kept; the quantity is still a share of the whole model's.
 
     Returns
     -------
@@ -55,8 +61,8 @@ def equal_widths(
     widths = _widths_at(fractions[:, None], sizes, is_exact, round_to)
     row = 0
     if measure != "width":
-        prices = cost.price(measure, widths)
-        row = max(0, int(np.searchsorted(prices, retention_ratio * prices[-1] * (1 + 1e-9), side="right")) - 1)
+        prices, whole = cost.price(measure, widths, depth), cost.price(measure, widths[-1:])[0]
+        row = max(0, int(np.searchsorted(prices, retention_ratio * whole * (1 + 1e-9), side="right")) - 1)
     return {g.name: int(widths[row, i]) for i, g in enumerate(layout.groups) if g.exact}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from client_app.data import Examples
 from client_app.handler import evaluate
+from client_app.objectives.distillation import predict_with
 from pruning.cost import CostModel
 from pruning.extract import extract, resize
 from pruning.groups import Layout
@@ -40,18 +41,24 @@ class CentralEvaluator:
         self.test = Examples(held_out.x[cut:], held_out.y[cut:], held_out.mean, held_out.std)
 
     def __call__(
-        self, state: State, family: Mapping[str, SubModelSpec], deployed: SubModelSpec = FULL
+        self,
+        state: State,
+        family: Mapping[str, SubModelSpec],
+        deployed: SubModelSpec = FULL,
+        prediction: str = "deepest",
     ) -> dict[str, Any]:
         """Accuracy and loss of the global model; accuracies of the family; the name of the best member.
 
         ``deployed`` is the part of the model that stands for it; ``depth`` says so where that is not all of it.
+        ``prediction`` says what a model with exits predicts with: its ``deepest`` exit, or the ``ensemble`` of all.
+        Such a model's row has the accuracy of every exit as well, in ``exits``, shallowest first.
         """
-        row: dict[str, Any] = {"num_examples": len(self.test), **self._test(state, deployed)}
+        row: dict[str, Any] = {"num_examples": len(self.test), **self._test(state, deployed, prediction)}
         if deployed.depth is not None:
             row["depth"] = deployed.depth
         members = []
         for name, spec in family.items():
-            tested = self._test(state, spec)
+            tested = self._test(state, spec, prediction)
             members.append({"name": name, "retention_ratio": self.cost.retention_ratio(spec), **tested})
         if members:
             base = {
@@ -63,14 +70,30 @@ class CentralEvaluator:
             row["best"] = max(row["family"], key=lambda m: max(m["accuracy"], m["accuracy_reestimated"]))["name"]
         return row
 
-    def _test(self, state: State, spec: SubModelSpec) -> dict[str, float]:
+    def _test(self, state: State, spec: SubModelSpec, prediction: str) -> dict[str, Any]:
         self.model.load_state_dict(dict(state))
         model = resize(self.model, self.layout, spec) if spec != FULL else self.model
         if spec != FULL:
             model.load_state_dict(extract(state, self.layout, spec))
-        metrics = evaluate(model, self.test)
+        metrics = self._measure(model, prediction)
         reestimate_batch_norm(model, self.calibration)
-        return {**metrics, "accuracy_reestimated": evaluate(model, self.test)["accuracy"]}
+        return {**metrics, "accuracy_reestimated": self._measure(model, prediction)["accuracy"]}
+
+    def _measure(self, model: nn.Module, prediction: str) -> dict[str, Any]:
+        """Loss and accuracy of what the model predicts, and of all exits where it has several."""
+        answers: list[torch.Tensor] = []
+
+        def predict(x: torch.Tensor) -> torch.Tensor:
+            output = model(x)
+            if isinstance(output, torch.Tensor):
+                return output
+            answers.append(torch.stack([logits.argmax(1) for logits in output]))
+            return predict_with(prediction)(output)
+
+        metrics: dict[str, Any] = evaluate(model, self.test, predict=predict)
+        if answers and len(answers[0]) > 1:
+            metrics["exits"] = (torch.cat(answers, dim=1) == self.test.y).float().mean(1).tolist()
+        return metrics
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from strategies.adaptcl import AdaptCL
 from strategies.base import SubModelStrategy
 from strategies.dc_asgd import DCASGD
+from strategies.depthfl import DepthFL
 from strategies.fedasync import FedAsync
 from strategies.fedavg import FedAvg
 from strategies.fedbuff import FedBuff
@@ -15,6 +16,7 @@ from strategies.heterofl import HeteroFL
 from strategies.loop import has_own_loop
 from strategies.only_capable import OnlyCapable
 from strategies.scaffold import Scaffold
+from strategies.scalefl import ScaleFL
 from strategies.semi_async import SemiAsync
 from strategies.smallest_everywhere import SmallestEverywhere
 from strategies.ssp import SSP
@@ -38,6 +40,8 @@ STRATEGIES: dict[str, type[SubModelStrategy]] = {
         FedBuff,
         SSP,
         DCASGD,
+        DepthFL,
+        ScaleFL,
     )
 }
 """Every method by the name that ``strategy = ...`` takes."""
@@ -51,6 +55,7 @@ __all__ = [
     "SSP",
     "STRATEGIES",
     "AdaptCL",
+    "DepthFL",
     "FedAsync",
     "FedAvg",
     "FedBuff",
@@ -62,6 +67,7 @@ __all__ = [
     "HeteroFL",
     "OnlyCapable",
     "Scaffold",
+    "ScaleFL",
     "SemiAsync",
     "SmallestEverywhere",
     "SubModelStrategy",

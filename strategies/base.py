@@ -135,6 +135,10 @@ class SubModelStrategy(Strategy):
         """What stands for the global model in central evaluations: all of it, unless parts have never been trained."""
         return FULL
 
+    def prediction(self) -> str:
+        """What models with exits predict with in the central evaluation: the ``deepest`` exit or the ``ensemble``."""
+        return "deepest"
+
     def evaluation_order(self, partition_id: int) -> Order:
         """What a client would deploy, and what it needs to be asked to test it."""
         return Order()
@@ -422,7 +426,8 @@ class SubModelStrategy(Strategy):
         where = {"server_round": server_round, "global_version": progress.global_version, "time_s": exchange.now_s}
         if self.setting.evaluate is not None and self.has_global_model:
             is_due = server_round % self.setting.family_every == 0 or server_round == self.setting.job.num_rounds
-            row = self.setting.evaluate(progress.state, self.family() if is_due else {}, self.deployed())
+            family = self.family() if is_due else {}
+            row = self.setting.evaluate(progress.state, family, self.deployed(), self.prediction())
             self.listen({"event": "evaluation", "where": "central", **where, **row})
             result.evaluate_metrics_serverapp[server_round] = MetricRecord(
                 {k: float(row[k]) for k in ("accuracy", "loss") if k in row}

@@ -68,7 +68,7 @@ class Order:
 
 
 Listener = Callable[[dict[str, Any]], None]
-Evaluator = Callable[[State, Mapping[str, SubModelSpec], SubModelSpec], dict[str, Any]]
+Evaluator = Callable[[State, Mapping[str, SubModelSpec], SubModelSpec, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Setting:
     network : the global model without storage; image_shape: what it reads, [channels, height, width].
     loop : who, when and with what weight.
     durations : of the simulated fleet; None in deployment.
-    evaluate : central evaluation of (state, family of named specs, what stands for the global model), every
-        ``evaluate_every`` rounds; None for none.
-        The family is shown every ``family_every`` rounds.
+    evaluate : central evaluation of (state, family of named specs, what stands for the global model, what models with
+        exits predict with), every ``evaluate_every`` rounds; None for none. The family is shown every
+        ``family_every`` rounds.
     evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
     own_classes : whether a client's test counts only the classes that it has as possible answers.
     reply_timeout_s : a client that takes longer, on the wall, has failed.

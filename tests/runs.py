@@ -32,6 +32,8 @@ TINY: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "only-capable": {"only-capable.share": 1.0},  # so that as many clients answer as with other methods
     "fedbuff": {"fedbuff.buffer": 3},
+    "depthfl": {"model.exits": True, "depthfl.ramp-up-rounds": 3},
+    "scalefl": {"model.exits": True, "scalefl.distillation-start": 2},
     "fedrolex": {"fedrolex.rates": "1,0.5,0.25"},  # a sixteenth of the units needs more than ten rounds
 }
 """What a method needs beyond ``TINY``, or instead of it."""

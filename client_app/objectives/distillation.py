@@ -82,6 +82,19 @@ def ensemble(output: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.stack(list(exit_logits(output))).mean(0)
 
 
+def predict_with(name: str) -> Callable[[Tensor | Sequence[Tensor]], Tensor]:
+    """What a model with exits predicts with: its ``deepest`` exit or the ``ensemble`` of all.
+
+    Raises
+    ------
+    ObjectiveError
+        For any other name.
+    """
+    if name not in ("deepest", "ensemble"):
+        raise ObjectiveError(f"objective: predict: got {name!r}, expected 'deepest' or 'ensemble'")
+    return ensemble if name == "ensemble" else last_logits
+
+
 def exit_weights(kind: str, num_exits: int) -> list[float]:
     """a_e of every exit: ``equal`` or ``linear``.
 
@@ -101,9 +114,7 @@ def _with_exits(task: Task, lesson: Lesson) -> Objective:
     weight = _number(task, "distillation-weight", 1.0, may_be_zero=True)
     kind, predict = str(task.settings.get("exit-weights", "equal")), str(task.settings.get("predict", "deepest"))
     exit_weights(kind, 1)
-    if predict not in ("deepest", "ensemble"):
-        raise ObjectiveError(f"objective: predict: got {predict!r}, expected 'deepest' or 'ensemble'")
-    combine = ensemble if predict == "ensemble" else last_logits
+    combine = predict_with(predict)
     smoothing = task.train.label_smoothing
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,8 @@ NOBODY_WHOLE: dict[str, dict[str, Any]] = {
     "fedmp": {},
     "fjord": {"fjord.rates": "0.5,0.25"},
     "fedrolex": {"fedrolex.rates": "0.5,0.25"},
+    "depthfl": {"depthfl.exits": "1"},
+    "scalefl": {"scalefl.budgets": "0.5,0.25"},
 }
 """Settings under which some entries are held by nobody once the fastest client is gone; absent for methods without."""
 

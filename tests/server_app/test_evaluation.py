@@ -75,3 +75,30 @@ def test_models_without_batch_norm_are_left_alone(setting):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     reestimate_batch_norm(model, setting[3])
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prediction", ["deepest", "ensemble"])
+def test_a_model_with_exits_is_tested_exit_by_exit_and_on_what_it_predicts_with(prediction, setting):
+    torch.manual_seed(1)
+    model, layout = get_model("cnn", 10, 1, 8, width=0.25, exits=True)
+    cost = measure_costs(model, layout, torch.zeros(2, 1, 8, 8))
+    held_out = setting[3]
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    evaluator = CentralEvaluator(model, layout, cost, held_out, 0.2)
+    row = evaluator(state, {"two": SubModelSpec(depth=2), "one": SubModelSpec(depth=1)}, prediction=prediction)
+    x, y = held_out.x[20:], held_out.y[20:]
+    outputs = model_with(state).eval()(x)
+    each = [float((logits.argmax(1) == y).float().mean()) for logits in outputs]
+    for tested, num_exits in ((row, 3), (row["family"][0], 2)):
+        assert tested["exits"] == pytest.approx(each[:num_exits])
+        mean = torch.stack(outputs[:num_exits]).mean(0)
+        logits = mean if prediction == "ensemble" else outputs[num_exits - 1]
+        assert tested["accuracy"] == pytest.approx(float((logits.argmax(1) == y).float().mean()))
+    assert "exits" not in row["family"][1]
+    assert row["family"][1]["accuracy"] == pytest.approx(each[0])
+
+
+def model_with(state: dict[str, torch.Tensor]) -> nn.Module:
+    model = get_model("cnn", 10, 1, 8, width=0.25, exits=True)[0]
+    model.load_state_dict(state)
+    return model
