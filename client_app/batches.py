@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from wire.message import TrainConfig
+
+
+def local_batches(
+    num_examples: int, config: TrainConfig, generator: torch.Generator, work_ratio: float = 1.0
+) -> Iterator[Tensor]:
+    """The batches of one round: ``work_ratio`` times the run's local epochs, to the nearest batch, at least one."""
+    num_left: int | None = None
+    while num_left is None or num_left > 0:
+        epoch = batches(num_examples, config.batch_size, generator)
+        if num_left is None:
+            num_left = max(1, round(work_ratio * config.local_epochs * len(epoch)))
+        yield from epoch[:num_left]
+        num_left -= len(epoch)
 
 
 def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:

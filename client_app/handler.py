@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.batches import batches, flip_shift
+from client_app.batches import flip_shift, local_batches
 from client_app.data import Examples, job_examples
 from client_app.meter import MemoryMeter
 from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective
@@ -70,6 +70,7 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
         generator=torch.Generator().manual_seed(
             hash((job.seed, instruction.partition_id, instruction.dispatch)) % 2**63
         ),
+        work_ratio=instruction.work_ratio,
         build=partial(build_model, job.model, num_classes, shape),
         load_draft=store.load_draft,
         save_draft=store.save_draft,
@@ -192,23 +193,22 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
     optimizer = make_optimizer(config, parameters, task.learning_rate)
     meter = MemoryMeter(objective.model, config.momentum > 0 or config.optimizer == "adam", objective.varies)
     total_loss, num_correct, num_seen, num_steps = 0.0, 0, 0, 0
-    for _ in range(config.local_epochs):
-        for index in batches(len(train), config.batch_size, task.generator):
-            x, y = train.batch(index)
-            if config.augment == "flip-shift":
-                x = flip_shift(x, task.generator)
-            with meter:
-                loss, logits = objective.loss(x, y)
-            optimizer.zero_grad()
-            loss.backward()
-            objective.correct()
-            if config.max_grad_norm:
-                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            total_loss += float(loss.detach()) * len(y)
-            num_correct += int((logits.argmax(1) == y).sum())
-            num_seen += len(y)
-            num_steps += 1
+    for index in local_batches(len(train), config, task.generator, task.work_ratio):
+        x, y = train.batch(index)
+        if config.augment == "flip-shift":
+            x = flip_shift(x, task.generator)
+        with meter:
+            loss, logits = objective.loss(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        objective.correct()
+        if config.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        total_loss += float(loss.detach()) * len(y)
+        num_correct += int((logits.argmax(1) == y).sum())
+        num_seen += len(y)
+        num_steps += 1
     metrics = {"loss": total_loss / num_seen, "accuracy": num_correct / num_seen}
     return Fitted(metrics, meter.peak_bytes + objective.kept_bytes, num_seen, num_steps)
 

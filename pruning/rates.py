@@ -33,7 +33,11 @@ class RateParams:
     regrow : widen a client again that has become faster than the target.
     direction : ``prune`` (the paper's): everybody starts whole, and the slower ones are cut until they are as fast as
         the fastest. ``grow`` (ours): everybody starts at the floor, and the faster ones grow until they take as long
-        as the slowest; a round then takes no longer than the smallest model everywhere would.
+        as the slowest; a round then takes no longer than the smallest model everywhere would. ``hold`` (ours):
+        everybody stays at the floor.
+    spare_time : what a client does with the time that the target leaves it once its ratio is settled: ``idle`` (the
+        paper's), or ``work``: train longer.
+    max_work_ratio : most local work, as a multiple of the run's local epochs.
     """
 
     alpha: float = 1.0
@@ -45,6 +49,8 @@ class RateParams:
     min_timed_rounds: int = 3
     regrow: bool = False
     direction: str = "prune"
+    spare_time: str = "idle"
+    max_work_ratio: float = 5.0
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -55,7 +61,9 @@ class RateParams:
             "min-retention-ratio": (self.min_retention_ratio, 0 < self.min_retention_ratio <= 1, "in (0, 1]"),
             "dead-band": (self.dead_band, 0 <= self.dead_band < 1, "in [0, 1)"),
             "slack": (self.slack, self.slack >= 0, ">= 0"),
-            "direction": (self.direction, self.direction in ("prune", "grow"), "'prune' or 'grow'"),
+            "direction": (self.direction, self.direction in ("prune", "grow", "hold"), "'prune', 'grow' or 'hold'"),
+            "spare-time": (self.spare_time, self.spare_time in ("idle", "work"), "'idle' or 'work'"),
+            "max-work-ratio": (self.max_work_ratio, self.max_work_ratio >= 1, ">= 1"),
             "min-timed-rounds": (self.min_timed_rounds, self.min_timed_rounds >= 1, ">= 1"),
         }
         for name, (value, is_good, expected) in checks.items():
@@ -70,15 +78,17 @@ class ClientRate:
     Attributes
     ----------
     retention_ratio : gamma in force.
-    times_s : update times since gamma last changed, oldest first.
+    times_s : update times since gamma or the work ratio last changed, oldest first.
     history : (update time in seconds, gamma) points of earlier ratios, oldest first.
     is_floored : pruning it further was given up: its update time has a part that does not shrink.
+    work_ratio : local work in force, as a multiple of the run's local epochs; above 1 only once gamma is settled.
     """
 
     retention_ratio: float = 1.0
     times_s: tuple[float, ...] = ()
     history: tuple[tuple[float, float], ...] = ()
     is_floored: bool = False
+    work_ratio: float = 1.0
 
     @property
     def update_time_s(self) -> float:
@@ -99,7 +109,7 @@ class RateDecision:
     reference : partition id of the reference client; None if nobody has been timed yet.
     target_s : update time that everybody should reach.
     update_times_s : partition id -> median update time it was based on.
-    changed : clients with a new ratio.
+    changed : clients with a new retention ratio.
     newly_floored : clients whose pruning was given up in this decision.
     """
 
@@ -111,9 +121,11 @@ class RateDecision:
 
 
 def record_time(
-    state: RateState, partition_id: int, update_time_s: float, first_ratio: float = 1.0
+    state: RateState, partition_id: int, update_time_s: float, first_ratio: float = 1.0, work_ratio: float = 1.0
 ) -> dict[int, ClientRate]:
     """Note one client's update time of one round; a client not seen before is held to have ``first_ratio``.
+
+    A time that belongs to another amount of work than the one in force says nothing and is left out.
 
     Raises
     ------
@@ -123,6 +135,8 @@ def record_time(
     if not 0 < update_time_s < float("inf"):
         raise RateError(f"client {partition_id}: update time must be positive and finite, got {update_time_s}")
     client = state.get(partition_id, ClientRate(first_ratio))
+    if work_ratio != client.work_ratio:
+        return dict(state)
     return {**state, partition_id: replace(client, times_s=(*client.times_s, update_time_s)[-64:])}
 
 
@@ -147,6 +161,9 @@ def update_rates(
         if pid == reference or len(client.times_s) < params.min_timed_rounds:
             continue
         phi = client.update_time_s
+        if client.work_ratio > 1:
+            updated[pid] = _with_work(client, phi, target_s, params)
+            continue
         history = _with_point(client.history, (phi, client.retention_ratio))
         ratio = _next_ratio(client.retention_ratio, phi, target_s, history, params)
         ratio = client.retention_ratio if ratio == client.retention_ratio else achievable(pid, ratio)
@@ -155,15 +172,35 @@ def update_rates(
             changed.append(pid)
             continue
         at_floor = client.retention_ratio <= params.min_retention_ratio and phi > (1 + params.dead_band) * target_s
-        updated[pid] = replace(client, history=history, is_floored=at_floor)
+        updated[pid] = _with_work(replace(client, history=history, is_floored=at_floor), phi, target_s, params)
         if at_floor and not client.is_floored:
             floored.append(pid)
     times = {pid: client.update_time_s for pid, client in timed.items()}
     return updated, RateDecision(reference, target_s, times, tuple(changed), tuple(floored))
 
 
+def fill_time(work_ratio: float, update_time_s: float, target_s: float, max_work_ratio: float) -> float:
+    """Local work that fills the time up to the target.
+
+    An update takes a + b w: a (links, start-up) does not grow with the work w. From w and its time the next guess is
+    w target / time, a lower bound where time <= target, so that repeated guesses rise to the target from below.
+    """
+    return min(max_work_ratio, max(1.0, work_ratio * target_s / update_time_s))
+
+
+def _with_work(client: ClientRate, phi: float, target_s: float, params: RateParams) -> ClientRate:
+    """The client with the work that fits its time; changes within the dead band are not made."""
+    if params.spare_time == "idle":
+        return client
+    work_ratio = fill_time(client.work_ratio, phi, target_s, params.max_work_ratio)
+    if abs(work_ratio / client.work_ratio - 1) <= params.dead_band:
+        return client
+    return replace(client, work_ratio=work_ratio, times_s=())
+
+
 def _reference(timed: RateState, params: RateParams) -> int:
-    if params.direction == "grow":
+    timed = {pid: client for pid, client in timed.items() if client.work_ratio == 1} or timed
+    if params.direction != "prune":
         floored = [pid for pid, client in timed.items() if client.retention_ratio <= params.min_retention_ratio]
         return max(floored or timed, key=lambda pid: (timed[pid].update_time_s, -pid))
     unpruned = [pid for pid, client in timed.items() if client.retention_ratio >= 1.0]
@@ -174,6 +211,8 @@ def _next_ratio(
     gamma: float, phi: float, target_s: float, history: Sequence[tuple[float, float]], params: RateParams
 ) -> float:
     """Next retention ratio of one client; ``gamma`` itself means no change."""
+    if params.direction == "hold":
+        return gamma
     if phi <= (1 + params.dead_band) * target_s:
         may_grow = params.regrow or params.direction == "grow"
         if may_grow and gamma < 1 and phi < (1 - params.dead_band) * target_s:

@@ -88,8 +88,8 @@ class AdaptCL(SubModelStrategy):
         self._decided_in = 0
 
     def begin(self) -> None:
-        """Growing needs an order at once; before any training, every layer's first units are as good as any."""
-        if self.config.rates.direction == "grow":
+        """Starting at the floor needs an order at once; before training, any units are as good as others."""
+        if self.config.rates.direction != "prune":
             self._scores = {g.name: np.linspace(2, 1, g.size) for g in self.layout.prunable}
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
@@ -98,18 +98,21 @@ class AdaptCL(SubModelStrategy):
         if is_due and server_round != self._decided_in:  # a round may ask several times
             self._decide(server_round)
             self._decided_in = server_round
-        specs = {pid: self._spec_of(pid) for pid in clients}
+        orders = {
+            pid: Order(self._spec_of(pid), work_ratio=self._rates[pid].work_ratio if pid in self._rates else 1.0)
+            for pid in clients
+        }
         if self.config.local_objective == "plain" or self._scores is None or not self.config.identical:
-            return {pid: Order(spec) for pid, spec in specs.items()}
+            return orders
         ratios = [client.retention_ratio for client in self._rates.values()]
         core = self._family_of(0).member(min(ratios, default=self._first_ratio(0)))
         settings = {"core": spec_to_json(core)}
-        return {pid: Order(spec, objective="nested", settings=settings) for pid, spec in specs.items()}
+        return {pid: replace(order, objective="nested", settings=settings) for pid, order in orders.items()}
 
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Note the update time; the only thing AdaptCL ever learns about a device."""
-        pid = arrival.entry.partition_id
-        self._rates = record_time(self._rates, pid, arrival.duration.update_time_s, self._first_ratio(pid))
+        pid, time_s = arrival.entry.partition_id, arrival.duration.update_time_s
+        self._rates = record_time(self._rates, pid, time_s, self._first_ratio(pid), arrival.entry.work_ratio)
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Under the configured aggregation."""
@@ -171,6 +174,7 @@ class AdaptCL(SubModelStrategy):
                 "reference_s": decision.target_s,
                 "rates": {str(pid): client.retention_ratio for pid, client in sorted(self._rates.items())},
                 "update_times_s": {str(pid): time_s for pid, time_s in decision.update_times_s.items()},
+                "work_ratios": {str(pid): client.work_ratio for pid, client in sorted(self._rates.items())},
                 "floors": [pid for pid, client in sorted(self._rates.items()) if client.is_floored],
                 "order_hash": hashlib.sha256(order.encode()).hexdigest()[:16],
             }
@@ -205,6 +209,7 @@ class AdaptCL(SubModelStrategy):
                 tuple(raw["times_s"]),
                 tuple((float(phi), float(gamma)) for phi, gamma in raw["history"]),
                 raw["is_floored"],
+                raw["work_ratio"],
             )
             for pid, raw in own["rates"].items()
         }

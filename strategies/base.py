@@ -292,9 +292,8 @@ class SubModelStrategy(Strategy):
 
     def _dispatch(self, exchange: Exchange, server_round: int, partition_id: int, order: Order) -> int:
         blank = self._instruction("train", server_round, partition_id, order)
-        entry = Entry(
-            -1, partition_id, server_round, self.progress.global_version, order.spec, exchange.now_s, download_bytes=0
-        )
+        version, now_s = self.progress.global_version, exchange.now_s
+        entry = Entry(-1, partition_id, server_round, version, order.spec, now_s, 0, order.work_ratio)
         state = self.progress.state  # of this version, however late the request is sent
         if self._versions is not None:
             self._versions.put(self.progress.global_version, state)
@@ -328,6 +327,7 @@ class SubModelStrategy(Strategy):
             last_dispatch=self.progress.last_dispatch.get(partition_id, -1),
             is_partial=order.travels is not None,
             wants_delta=wants_delta and action == "train",
+            work_ratio=order.work_ratio,
         )
 
     def _extract(self, state: State, spec: SubModelSpec) -> dict[str, torch.Tensor]:

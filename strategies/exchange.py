@@ -54,6 +54,7 @@ class Entry:
     spec : what the client was sent, so that replies carry no masks.
     start_s : when it was sent, on the run's clock.
     download_bytes : of its tensors.
+    work_ratio : how much it was to train, as a multiple of the run's local epochs.
     """
 
     dispatch: int
@@ -63,6 +64,7 @@ class Entry:
     spec: SubModelSpec
     start_s: float
     download_bytes: int
+    work_ratio: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Order:
     objective, settings : what it minimises.
     companions : makes the tensors that go with the weights, when the request is sent.
     travels : which entries of the sub-model go to the client; None for all.
+    work_ratio : how much it trains, as a multiple of the run's local epochs.
     """
 
     spec: SubModelSpec = FULL
@@ -61,6 +62,7 @@ class Order:
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     companions: Callable[[], State] = dict
     travels: Callable[[str], bool] | None = None
+    work_ratio: float = 1.0
 
     def pick(self, state: State) -> State:
         """What of an extracted sub-model is sent."""

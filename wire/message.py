@@ -195,6 +195,7 @@ class Instruction:
     is_partial : ``state`` lacks entries of the sub-model on purpose: the client has them itself, or does without.
     wants_delta : answer with the difference to ``state`` instead of the trained values.
     companions : tensors that the objective needs beside the weights.
+    work_ratio : how much to train, as a multiple of the run's local epochs; to the nearest batch, at least one.
     """
 
     action: str
@@ -212,6 +213,7 @@ class Instruction:
     is_partial: bool = False
     wants_delta: bool = False
     companions: State = field(default_factory=dict)
+    work_ratio: float = 1.0
 
 
 @dataclass(frozen=True)

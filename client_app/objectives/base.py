@@ -38,6 +38,7 @@ class Task:
     examples : the client's training examples; None when the client only evaluates.
     learning_rate : of this round.
     generator : the request's random numbers.
+    work_ratio : how much to train, as a multiple of the run's local epochs.
     build : makes the whole model with fresh weights, drawn from torch's generator, and its layout.
     load_draft, save_draft : work that the objective saved in the middle of a request, and how it does; for work that
         depends on no answer being merged, so that it survives the server.
@@ -55,6 +56,7 @@ class Task:
     examples: Examples | None = None
     learning_rate: float = 0.0
     generator: torch.Generator = field(default_factory=torch.Generator)
+    work_ratio: float = 1.0
     build: Callable[[], tuple[nn.Module, Layout]] | None = None
     load_draft: Callable[[], Mapping[str, Any]] = dict
     save_draft: Callable[[dict[str, Any]], None] = lambda draft: None

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from client_app.batches import batches, flip_shift, local_batches
 from client_app.data import Examples, client_examples, load_images, partitions
-from client_app.handler import MemoryMeter, TrainingError, batches, evaluate, flip_shift, handle, learning_rate
+from client_app.handler import MemoryMeter, TrainingError, evaluate, handle, learning_rate
 from client_app.store import ClientStore
 from pruning.compress import densify
 from pruning.cost import measure_costs
@@ -89,6 +90,22 @@ def test_evaluation_does_not_depend_on_its_batches():
     whole, parts = evaluate(model, examples), evaluate(model, examples, batch_size=7)
     assert whole["accuracy"] == parts["accuracy"]
     assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("work_ratio", "num_batches"), [(1.0, 6), (0.4, 2), (2.0, 12), (2.6, 16), (0.01, 1)])
+def test_local_work_is_a_multiple_of_the_local_epochs_to_the_nearest_batch(work_ratio, num_batches):
+    config = TrainConfig(local_epochs=2, batch_size=16)
+    found = list(local_batches(48, config, torch.Generator().manual_seed(0), work_ratio))
+    assert len(found) == num_batches
+    for start in range(0, num_batches - 2, 3):  # whole epochs see every example once
+        assert torch.equal(torch.cat(found[start : start + 3]).sort().values, torch.arange(48))
+
+
+def test_more_work_costs_as_many_more_macs_and_is_told_in_steps(make_instruction):
+    one, three = handle(make_instruction("mlp")), handle(make_instruction("mlp", work_ratio=3.0))
+    assert three.num_steps == 3 * one.num_steps
+    assert three.train_macs == 3 * one.train_macs
+    assert three.num_examples == one.num_examples
 
 
 def test_partitions_are_disjoint_cover_everything_and_split_into_train_and_test():
