@@ -48,7 +48,7 @@ class AdaptCLConfig:
     local_objective : ``plain`` cross-entropy, or ``nested``: also train, inside each sub-model, the smallest in use.
     """
 
-    pruning_interval: int = 3
+    pruning_interval: int = 2
     rates: RateParams = RateParams()
     importance: str = "bn-scale"
     order: str = "constant"

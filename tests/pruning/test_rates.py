@@ -12,7 +12,8 @@ from scipy.interpolate import KroghInterpolator
 
 from pruning.rates import ClientRate, RateError, RateParams, newton_ratio, record_time, update_rates
 
-TIMING = RateParams(min_retention_ratio=0.02)
+TIMING = RateParams(min_retention_ratio=0.02, max_step=0.5, min_timed_rounds=3)
+WORK = RateParams(direction="hold", spare_time="work", min_retention_ratio=0.2, min_timed_rounds=2)
 
 
 def simulate(sigma, params=TIMING, num_rounds=150, interval=10, noise=0.02, seed=0, fixed=0.0, num_clients=10):
@@ -98,6 +99,57 @@ def test_growing_aligns_everybody_with_the_slowest_at_the_floor():
             ratios = np.array([state[client].retention_ratio for client in range(10)])
     assert (np.abs(base * ratios - 1) < 0.1).all()
     assert total < 1.1 * 40  # never longer than the slowest at the floor would take, noise aside
+
+
+def work_out(fixed, num_rounds=20, noise=0.0, params=WORK, sigma=5):
+    """Ten held clients whose update times are base * (fixed + (1 - fixed) * work); returns work ratios and times."""
+    rng, base, state = np.random.default_rng(0), np.linspace(1, sigma, 10), {}
+    works, times = np.ones(10), base
+    for server_round in range(1, num_rounds + 1):
+        times = base * (fixed + (1 - fixed) * works) * (1 + noise * rng.standard_normal(10))
+        for client in range(10):
+            state = record_time(state, client, float(times[client]), 0.2, float(works[client]))
+        if server_round % 2 == 0:
+            state, decision = update_rates(state, params)
+            assert decision.reference == 9
+            assert all(client.retention_ratio == 0.2 for client in state.values())
+            works = np.array([state[client].work_ratio for client in range(10)])
+    return works, times
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.3])
+def test_spare_time_becomes_work_until_everybody_takes_as_long_as_the_slowest(fixed):
+    params = replace(WORK, max_work_ratio=20.0)
+    works, times = work_out(fixed, params=params)
+    base = np.linspace(1, 5, 10)
+    assert works == pytest.approx((5 / base - fixed) / (1 - fixed), rel=0.08)
+    assert (times <= 5 + 1e-9).all(), "filled from below, never beyond the target"
+
+
+def test_noise_does_not_ratchet_the_target_up_or_the_work_beyond_it():
+    works, _ = work_out(0.0, num_rounds=200, noise=0.02)
+    assert works[9] == 1
+    assert works == pytest.approx(5 / np.linspace(1, 5, 10), rel=0.12)
+
+
+def test_work_has_a_ceiling_and_none_is_added_where_spare_time_stays_idle():
+    assert work_out(0.0, params=replace(WORK, max_work_ratio=2.0))[0].max() == 2.0
+    assert (work_out(0.0, params=replace(WORK, spare_time="idle"))[0] == 1).all()
+
+
+def test_only_a_client_whose_ratio_is_settled_works_longer():
+    params = RateParams(direction="grow", spare_time="work", min_retention_ratio=0.2, min_timed_rounds=2)
+    state = {0: ClientRate(0.2, (1.0,) * 3), 1: ClientRate(0.2, (0.5,) * 3), 2: ClientRate(1.0, (0.5,) * 3)}
+    updated, _ = update_rates(state, params)
+    assert updated[1].retention_ratio > 0.2
+    assert updated[1].work_ratio == 1
+    assert (updated[2].retention_ratio, updated[2].work_ratio) == (1.0, 2.0)
+
+
+def test_a_time_of_another_amount_of_work_is_left_out():
+    state = {0: ClientRate(0.2, (1.0,), work_ratio=2.0)}
+    assert record_time(state, 0, 9.0, work_ratio=1.0)[0].times_s == (1.0,)
+    assert record_time(state, 0, 1.1, work_ratio=2.0)[0].times_s == (1.0, 1.1)
 
 
 def test_the_learner_believes_in_the_ratio_that_a_client_really_gets():
