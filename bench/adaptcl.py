@@ -7,13 +7,15 @@
 Every run is kept in results/bench/adaptcl; a run that is there is not repeated. What is compared: total virtual time
 for the same rounds, time to equal accuracy, accuracy of the base model and of the best member of the family, bytes and
 MACs, and accuracy at equal virtual time: *smallest-everywhere* (the straggler's final width on all clients) runs as
-many rounds as fit into AdaptCL's total time, with its learning rate annealed over them. The CIFAR-10 tasks need
+many rounds as fit into AdaptCL's total time, with its learning rate annealed over them, and so do the variants of
+AdaptCL whose rounds take as long. The CIFAR-10 tasks need
 ``--data-dir`` with cifar10.npz or torchvision's files; without them they are left out, and the output says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -56,8 +58,8 @@ CIFAR: Keys = {
     "data.max-test": 2000,
     "train.augment": "flip-shift",
     "train.schedule": "cosine",
-    "evaluation.every": 2,
-    "evaluation.family-every": 2,
+    "evaluation.every": 3,
+    "evaluation.family-every": 3,
 }
 TASKS: dict[str, Task] = {
     "digits": Task({"evaluation.family-every": 1}, 40, 0.2, target=0.95),
@@ -72,6 +74,16 @@ METHODS: dict[str, Keys] = {
     "adaptcl": ADAPTCL,
     "adaptcl plain objective": {**ADAPTCL, "adaptcl.local-objective": "plain"},
     "adaptcl grow": {**ADAPTCL, "adaptcl.rates.direction": "grow"},
+    "adaptcl grow, spare time works": {
+        **ADAPTCL,
+        "adaptcl.rates.direction": "grow",
+        "adaptcl.rates.spare-time": "work",
+    },
+    "adaptcl floor, spare time works": {
+        **ADAPTCL,
+        "adaptcl.rates.direction": "hold",
+        "adaptcl.rates.spare-time": "work",
+    },
     "adaptcl by-worker": {**ADAPTCL, "adaptcl.aggregation": "by-worker"},
     "adaptcl by-unit": {**ADAPTCL, "adaptcl.aggregation": "by-unit"},
     "adaptcl by-worker-residual": {**ADAPTCL, "adaptcl.aggregation": "by-worker-residual"},
@@ -81,7 +93,9 @@ METHODS: dict[str, Keys] = {
     "adaptcl L1 1e-4": {**ADAPTCL, "train.sparsity": 1e-4},
     "smallest-everywhere": {"strategy": "fedavg"},
 }
-CORE = ("fedavg", "heterofl", "adaptcl", "adaptcl plain objective", "adaptcl grow", "smallest-everywhere")
+FOLLOWERS = ("adaptcl grow", "adaptcl grow, spare time works", "adaptcl floor, spare time works", "smallest-everywhere")
+"""Methods whose every round takes as long as the straggler's smallest model: they run for AdaptCL's total time."""
+CORE = ("fedavg", "heterofl", "adaptcl", "adaptcl plain objective", *FOLLOWERS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ class Case:
     @property
     def file_name(self) -> str:
         """Where its outcome is kept."""
-        return f"{self.task}_sigma{self.sigma:g}_seed{self.seed}_{self.method.replace(' ', '-')}.json"
+        return f"{self.task}_sigma{self.sigma:g}_seed{self.seed}_{self.method.replace(',', '').replace(' ', '-')}.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
-    """The runs asked for; smallest-everywhere last, since it takes its width from AdaptCL's run."""
+    """The runs asked for."""
     methods = list(METHODS) if options.ablations else [m for m in METHODS if m in CORE]
     tasks = [task for task in options.task or list(TASKS) if task == "digits" or has_cifar(options.data_dir)]
     for task in options.task or list(TASKS):
@@ -145,19 +159,20 @@ def has_cifar(data_dir: str) -> bool:
 
 
 def run_missing(cases: Sequence[Case], options: argparse.Namespace) -> None:
-    """Run every case whose outcome is not kept yet, ``workers`` at once."""
+    """Run every case whose outcome is not kept yet, ``workers`` at once; followers after the run that they follow."""
     options.store.mkdir(parents=True, exist_ok=True)
-    first = [c for c in cases if c.method != "smallest-everywhere"]
-    last = [c for c in cases if c.method == "smallest-everywhere"]
-    for batch in (first, last):
-        missing = [case for case in batch if not (options.store / case.file_name).exists()]
-        jobs = [(case, keys_of(case, options), str(options.store)) for case in missing]
-        done, began = 0, time.monotonic()
-        with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=4) as pool:
-            for case in pool.imap_unordered(run_case, jobs):
-                done += 1
-                left_s = (time.monotonic() - began) / done * (len(jobs) - done)
-                print(f"[{done}/{len(jobs)}] {case.file_name}; about {left_s / 60:.0f} min left", flush=True)
+    missing = [case for case in cases if not (options.store / case.file_name).exists()]
+    done, began = 0, time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=4) as pool:
+        for _, group in itertools.groupby(missing, key=lambda case: (case.task, case.sigma, case.seed)):
+            together = list(group)
+            for is_follower in (False, True):
+                batch = [case for case in together if (case.method in FOLLOWERS) == is_follower]
+                jobs = [(case, keys_of(case, options), str(options.store)) for case in batch]
+                for case in pool.imap_unordered(run_case, jobs):
+                    done += 1
+                    left_s = (time.monotonic() - began) / done * (len(missing) - done)
+                    print(f"[{done}/{len(missing)}] {case.file_name}; about {left_s / 60:.0f} min left", flush=True)
 
 
 def keys_of(case: Case, options: argparse.Namespace) -> Keys:
@@ -175,12 +190,11 @@ def keys_of(case: Case, options: argparse.Namespace) -> Keys:
         "adaptcl.rates.min-retention-ratio": task.floor,
         **METHODS[case.method],
     }
-    if case.method == "smallest-everywhere":
+    if case.method in FOLLOWERS:
         adaptcl = load(options.store, Case(case.task, case.sigma, case.seed, "adaptcl"))
-        keys |= {
-            "fedavg.retention-ratio": min(1.0, adaptcl["least_ratio"] + 1e-6),
-            "num-rounds": max(1, int(adaptcl["time_s"] / adaptcl["least_round_s"])),
-        }
+        keys["num-rounds"] = max(1, int(adaptcl["time_s"] / adaptcl["least_round_s"]))
+        if case.method == "smallest-everywhere":
+            keys["fedavg.retention-ratio"] = min(1.0, adaptcl["least_ratio"] + 1e-6)
     return keys
 
 

@@ -29,8 +29,8 @@ class RateParams:
     min_retention_ratio : floor of every client (gamma-min).
     dead_band : a client this much slower than the target, relatively, is left alone.
     slack : target = (1 + slack) * the reference's update time.
-    min_timed_rounds : rounds a client must have been timed since its last change. Early decisions pay, since every round
-        before the first runs at full cost; where times scatter by 10 % rather than 2 %, take 3 or more.
+    min_timed_rounds : rounds a client must have been timed since its last change. Early decisions pay, since every
+        round before the first runs at full cost; where times scatter by 10 % rather than 2 %, take 3 or more.
     regrow : widen a client again that has become faster than the target.
     direction : ``prune`` (the paper's): everybody starts whole, and the slower ones are cut until they are as fast as
         the fastest. ``grow`` (ours): everybody starts at the floor, and the faster ones grow until they take as long
