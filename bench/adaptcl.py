@@ -59,7 +59,7 @@ CIFAR: Keys = {
     "train.augment": "flip-shift",
     "train.schedule": "cosine",
     "evaluation.every": 3,
-    "evaluation.family-every": 3,
+    "evaluation.family-every": 6,
 }
 TASKS: dict[str, Task] = {
     "digits": Task({"evaluation.family-every": 1}, 40, 0.2, target=0.95),
@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", action="append", choices=list(TASKS))
     parser.add_argument("--sigma", action="append", type=float)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="only these; repeatable")
     parser.add_argument("--ablations", action="store_true", help="all ablations, not only the core methods")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def plan(options: argparse.Namespace) -> list[Case]:
     """The runs asked for."""
-    methods = list(METHODS) if options.ablations else [m for m in METHODS if m in CORE]
+    methods = options.method or [m for m in METHODS if options.ablations or m in CORE]
     tasks = [task for task in options.task or list(TASKS) if task == "digits" or has_cifar(options.data_dir)]
     for task in options.task or list(TASKS):
         if task not in tasks:
@@ -222,6 +223,8 @@ def outcome(log: Path) -> dict[str, Any]:
     """What the tables need of an event log: curves, totals, the least retention ratio."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     arrivals = [row for row in rows if row["event"] == "arrival"]
+    evaluations = [row for row in rows if row["event"] == "evaluation"]
+    with_family = [row for row in evaluations if "family" in row]
     curve = [
         {
             "round": row["server_round"],
@@ -230,8 +233,7 @@ def outcome(log: Path) -> dict[str, Any]:
             "base_reestimated": row["accuracy_reestimated"],
             "best": max(max(m["accuracy"], m["accuracy_reestimated"]) for m in row.get("family", [row])),
         }
-        for row in rows
-        if row["event"] == "evaluation"
+        for row in with_family or evaluations
     ]
     least_ratio = min(row["retention_ratio"] for row in arrivals)
     least_times: dict[int, list[float]] = {}
