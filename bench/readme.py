@@ -1,4 +1,4 @@
-"""Put the kept figures of bench/results into the README's tables.
+"""Put the kept figures of bench/results into the documents: short tables in the README, all in docs/benchmarks.md.
 
 python -m bench.readme
 """
@@ -7,57 +7,109 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS
 
-README = RESULTS.parents[1] / "README.md"
-MICRO = ("merge", "step", "engine", "decide")
+ROOT = RESULTS.parents[1]
+README, ALL = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+HEAD = """# Every kept figure
+
+Written by `python -m bench.readme` from `bench/results`; each section names the command that made it. Training lies on
+the virtual clock. CPU times are compared only within one run.
+"""
+MAIN_COLUMNS = (
+    "method",
+    "rounds",
+    "total time",
+    "time to target",
+    "base",
+    "best of family",
+    "best at AdaptCL's time",
+    "MACs",
+)
 
 
 def main() -> None:
-    """Rewrite every marked part for which there are results."""
+    """Rewrite every marked part of the README for which there are results, and docs/benchmarks.md."""
     text = README.read_text(encoding="utf-8")
-    text = replace_part(text, "adaptcl", adaptcl_part())
-    text = replace_part(text, "micro", micro_part())
+    for name, content in (("adaptcl", adaptcl_part()), ("bounds", markdown(bounds()))):
+        text = replace_part(text, name, content)
     README.write_text(text, encoding="utf-8")
+    sections = [section(path.stem) for path in sorted(RESULTS.glob("*.json"))]
+    ALL.write_text("\n".join([HEAD, *sections]), encoding="utf-8")
 
 
 def replace_part(text: str, name: str, content: str) -> str:
-    """The text with what lies between the markers of ``name`` replaced."""
+    """The text with what lies between the markers of ``name`` replaced; as it was where there is nothing to say."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if not content or begin not in text:
+        return text
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
-    return f"{head}{begin}\n{content}{end}{tail}"
+    return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
 def adaptcl_part() -> str:
-    """Tables of bench.adaptcl."""
+    """The main columns of bench.adaptcl, one table for each task and fleet."""
     record = load("adaptcl")
-    if record is None:
-        return ""
-    parts = [source(record)]
-    for table in record["results"]["tables"]:
-        title = f"**{table['task']}, slowest/fastest device = {table['sigma']:g}, seeds: {table['seeds']}**"
-        parts.append(f"{title}\n\n{markdown(table['rows'])}")
+    tables = record["results"]["tables"] if record else []
+    parts = [source(record)] if record else []
+    for table in tables:
+        rows = [{name: row[name] for name in MAIN_COLUMNS if name in row} for row in table["rows"]]
+        parts.append(f"**{title_of(table)}**\n\n{markdown(rows)}")
+    return "\n\n".join(parts)
+
+
+def bounds() -> list[dict[str, Any]]:
+    """What the micro-benchmarks found, beside the bounds that they were given."""
+    rows: list[dict[str, Any]] = []
+    if merge := load("merge"):
+        for row in merge["results"]["rows"]:
+            if row["way"] == "ours" and row["clients"] == 100:
+                what = f"extract, validate and merge ResNet-18 for 100 clients, {row['units']} units"
+                rows.append({"what": what, "found": f"{row['cpu_s']:.2f} CPU-s, {row['peak_mib']:.0f} MiB"})
+    if step := load("step"):
+        worst = step["results"]["worst_ratio"]
+        rows.append(
+            {
+                "what": "a training step of a resized model / of one built with those widths",
+                "found": f"at most {worst:.3f}",
+            }
+        )
+    if engine := load("engine"):
+        for row in engine["results"]["rows"]:
+            if row["clients"] == 100 and not row["checkpoints"]:
+                what = f"{row['transport']}: overhead for each client and round"
+                rows.append({"what": what, "found": f"{row['cpu_ms']:.2f} ms of CPU"})
+    if decide := load("decide"):
+        first, later = decide["results"]["worst_ms"], decide["results"]["median_later_ms"]
+        what = "AdaptCL's decision for 1,000 clients of ResNet-50"
+        rows.append({"what": what, "found": f"first {first:.0f} ms, later {later:.0f} ms"})
+    return rows
+
+
+def section(name: str) -> str:
+    """All tables of one benchmark."""
+    record = load(name)
+    assert record is not None
+    parts = [f"## bench.{name}", source(record)]
+    for what, value in record["results"].items():
+        if what == "tables":
+            parts += [f"**{title_of(table)}**\n\n{markdown(table['rows'])}" for table in value]
+        elif is_table(value):
+            parts.append(markdown(value))
     return "\n\n".join(parts) + "\n"
 
 
-def micro_part() -> str:
-    """Tables of the micro-benchmarks."""
-    parts = []
-    for name in MICRO:
-        record = load(name)
-        if record is not None:
-            tables = [markdown(rows) for rows in record["results"].values() if is_table(rows)]
-            parts += [source(record), *tables]
-    return "\n\n".join(parts) + "\n" if parts else ""
+def title_of(table: Mapping[str, Any]) -> str:
+    """What a table of many is about: everything but its rows."""
+    return " · ".join(f"{key} {shown(value)}" for key, value in table.items() if key != "rows")
 
 
 def load(name: str) -> dict[str, Any] | None:
     """A kept record, None if there is none."""
-    path = Path(RESULTS / f"{name}.json")
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
