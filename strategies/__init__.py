@@ -11,6 +11,7 @@ from strategies.fedmp import FedMP
 from strategies.fednova import FedNova
 from strategies.fedprox import FedProx
 from strategies.fedrolex import FedRolex
+from strategies.fiarse import FIARSE
 from strategies.fjord import FjORD
 from strategies.heterofl import HeteroFL
 from strategies.loop import has_own_loop
@@ -35,6 +36,7 @@ STRATEGIES: dict[str, type[SubModelStrategy]] = {
         FedMP,
         FjORD,
         FedRolex,
+        FIARSE,
         SemiAsync,
         FedAsync,
         FedBuff,
@@ -51,6 +53,7 @@ LOOPS: dict[str, type[SubModelStrategy]] = {name: kind for name, kind in STRATEG
 
 __all__ = [
     "DCASGD",
+    "FIARSE",
     "LOOPS",
     "SSP",
     "STRATEGIES",

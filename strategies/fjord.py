@@ -34,7 +34,7 @@ class FjORDConfig:
 
     rates: str = "1,0.8,0.6,0.4,0.2"
     assignment: str = "capability"
-    self_distillation: bool = True
+    self_distillation: bool = False
     distillation_weight: float = 1.0
     temperature: float = 1.0
 

@@ -31,6 +31,7 @@ EVERY_RATE_1: dict[str, dict[str, Any]] = {
     "fedmp": {"fedmp.bandit.max-pruning-rate": 0.0},
     "fjord": {"fjord.rates": "1"},
     "fedrolex": {"fedrolex.rates": "1", "fedrolex.mask-missing-labels": False},
+    "fiarse": {"fiarse.sizes": "1"},
 }
 """Settings under which a method gives everybody the full model; absent for methods that cannot."""
 
@@ -45,6 +46,7 @@ NOBODY_WHOLE: dict[str, dict[str, Any]] = {
     "fedmp": {},
     "fjord": {"fjord.rates": "0.5,0.25"},
     "fedrolex": {"fedrolex.rates": "0.5,0.25"},
+    "fiarse": {"fiarse.sizes": "0.5,0.25"},
     "depthfl": {"depthfl.exits": "1"},
     "scalefl": {"scalefl.budgets": "0.5,0.25"},
 }
