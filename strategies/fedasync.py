@@ -5,17 +5,19 @@ With tau the version that a client started from and t the present one (algorithm
     alpha_t = alpha * s(t - tau)
     theta_t = (1 - alpha_t) theta_{t-1} + alpha_t theta_new
 
-and s constant, polynomial (a) or hinge (a, b) (section 5.2). It is a way to run the loop: alone it trains the full
-model everywhere, and ``loop.preset=fedasync`` gives the same rule to any method that says what is trained.
+and s constant, polynomial (a) or hinge (a, b) (section 5.2). Clients minimise ``F(x) + rho / 2 ||x - x_tau||^2``. As a
+loop, ``loop.preset=fedasync`` gives the server's rule to any method that says what is trained.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from strategies.base import SubModelStrategy
 from strategies.loop import staleness_weight
+from strategies.setting import Order
 from wire.flat import require
 
 
@@ -26,17 +28,20 @@ class FedAsyncConfig:
     Attributes
     ----------
     mixing_rate : alpha, in (0, 1].
+    mu : rho of the clients' proximal term, >= 0.
     staleness : s: ``constant``, ``polynomial:A`` or ``hinge:A:B``; the paper has A = 0.5, and A = 10 with B = 4.
     max_staleness : older answers are dropped; -1 for no bound.
     """
 
     mixing_rate: float = 0.6
+    mu: float = 0.005
     staleness: str = "polynomial:0.5"
     max_staleness: int = -1
 
     def __post_init__(self) -> None:
         """Check every range."""
         require(0 < self.mixing_rate <= 1, "mixing-rate", self.mixing_rate, "in (0, 1]")
+        require(self.mu >= 0, "mu", self.mu, ">= 0")
         staleness_weight(self.staleness, 0)
 
     def loop_settings(self, num_clients: int) -> dict[str, Any]:
@@ -57,3 +62,7 @@ class FedAsync(SubModelStrategy):
     name = "fedasync"
     Config = FedAsyncConfig
     config: FedAsyncConfig
+
+    def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
+        """Everybody trains the full model, not too far from where it started."""
+        return dict.fromkeys(clients, Order(objective="cross-entropy+proximal", settings={"mu": self.config.mu}))
