@@ -76,49 +76,62 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
         save_draft=store.save_draft,
     )
     if instruction.action == "evaluate":
-        if len(test) == 0:
-            raise TrainingError(f"client {instruction.partition_id} has no test example; raise data.min-size")
-        found = examine(task, make_objective(instruction.objective, task), test.to(device))
-        return Report(
-            instruction.dispatch,
-            instruction.partition_id,
-            {},
-            len(test),
-            tuple(int(c) for c in task.label_counts),
-            metrics=found.metrics,
-            companions={key: tensor.detach().cpu() for key, tensor in found.companions.items()},
-        )
+        return _evaluate(instruction, task, test.to(device))
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
     site.check_memory(cost.peak_memory_bytes(min(job.train.batch_size, len(train)), int(job.train.momentum > 0)))
+    return _train(instruction, job, task, cost, store, memory)
+
+
+def _evaluate(instruction: Instruction, task: Task, test: Examples) -> Report:
+    if len(test) == 0:
+        raise TrainingError(f"client {instruction.partition_id} has no test example; raise data.min-size")
+    found = examine(task, make_objective(instruction.objective, task), test)
+    return Report(
+        instruction.dispatch,
+        instruction.partition_id,
+        {},
+        len(test),
+        tuple(int(c) for c in task.label_counts),
+        metrics=found.metrics,
+        companions={key: tensor.detach().cpu() for key, tensor in found.companions.items()},
+    )
+
+
+def _train(
+    instruction: Instruction, job: Job, task: Task, cost: Cost, store: ClientStore, memory: Mapping[str, Any]
+) -> Report:
+    assert task.examples is not None
+    _, channels, height, width = task.examples.x.shape
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=task.generator)))
     began = time.perf_counter()
     objective = make_objective(instruction.objective, task)
-    examples = train.to(device)
-    fitted = objective.train(examples) if objective.train is not None else fit(task, objective, examples)
+    fitted = objective.train(task.examples) if objective.train is not None else fit(task, objective, task.examples)
     if not math.isfinite(fitted.metrics["loss"]):
         raise TrainingError(
             f"client {instruction.partition_id}: the loss became {fitted.metrics['loss']}; lower the learning rate"
         )
     findings = objective.finish(fitted.num_steps)
     compute_s = time.perf_counter() - began
-    macs = cost.train_macs + sum(price(network, shape).train_macs for network in objective.extra)
+    extra = (price(network, (channels, height, width)) for network in objective.extra)
+    macs = cost.train_macs + sum(each.train_macs for each in extra)
     objective.model.zero_grad()  # gradients are as large as the weights, and the answer needs room
     trained = objective.model.state_dict() if findings.state is None else findings.state
-    state = {key: tensor.detach().cpu() for key, tensor in trained.items()}  # nobody else's
-    sent, remembered = state, {"objective": dict(findings.memory)} if findings.memory else {}
+    sent = {key: tensor.detach().cpu() for key, tensor in trained.items()}  # nobody else's
+    remembered: dict[str, Any] = {"objective": dict(findings.memory)} if findings.memory else {}
     if instruction.wants_delta:
-        sent = difference(state, instruction, findings.narrowed, layout, full)
+        sent = difference(sent, instruction, findings.narrowed, task.layout, task.full)
     if job.compression.kind == "dgc":
         held = findings.narrowed or instruction.spec
-        sent, remembered["compression"] = compress(sent, memory.get("compression", {}), job, held, layout, full)
+        before = memory.get("compression", {})
+        sent, remembered["compression"] = compress(sent, before, job, held, task.layout, task.full)
     if remembered:
         store.save(instruction.dispatch, instruction.last_dispatch, remembered, instruction.kept_dispatch)
     return Report(
         dispatch=instruction.dispatch,
         partition_id=instruction.partition_id,
         state=sent,
-        num_examples=len(train),
+        num_examples=len(task.examples),
         label_counts=tuple(int(c) for c in task.label_counts),
         train_macs=float(macs * fitted.num_seen) if findings.train_macs is None else findings.train_macs,
         compute_s=compute_s,
