@@ -61,8 +61,20 @@ def partition_labels(
         ``num_clients * min_size``, or shards that do not work out.
     """
     classes = _check_labels(labels)
+    if num_clients < 1:
+        raise PartitionError(f"partition: num-clients must be >= 1, got {num_clients!r}")
+    if min_size < 0:
+        raise PartitionError(f"partition: min-size must be >= 0, got {min_size!r}")
+    if seed < 0:
+        raise PartitionError(f"partition: seed must be >= 0, got {seed!r}")
+    if len(classes) < num_clients * max(min_size, 1):
+        raise PartitionError(
+            f"partition: {num_clients} clients with at least {max(min_size, 1)} samples each need "
+            f"{num_clients * max(min_size, 1)} samples, got {len(classes)}; use fewer clients or a smaller min-size"
+        )
     head, _, parameter = scheme.partition(":")
-    _check_request(len(classes), num_clients, head, seed, min_size)
+    if head not in _SCHEMES:
+        raise PartitionError(unknown_name("partition", head, _SCHEMES))
     rng = np.random.default_rng(seed)
     try:
         parts = _SCHEMES[head](classes, num_clients, parameter, rng)
@@ -78,22 +90,6 @@ def partition_labels(
             "give it other labels; use fewer clients, more classes a client, or a smaller min-size"
         )
     return tuple(np.sort(part) for part in parts)
-
-
-def _check_request(num_samples: int, num_clients: int, head: str, seed: int, min_size: int) -> None:
-    if num_clients < 1:
-        raise PartitionError(f"partition: num-clients must be >= 1, got {num_clients!r}")
-    if min_size < 0:
-        raise PartitionError(f"partition: min-size must be >= 0, got {min_size!r}")
-    if seed < 0:
-        raise PartitionError(f"partition: seed must be >= 0, got {seed!r}")
-    if num_samples < num_clients * max(min_size, 1):
-        raise PartitionError(
-            f"partition: {num_clients} clients with at least {max(min_size, 1)} samples each need "
-            f"{num_clients * max(min_size, 1)} samples, got {num_samples}; use fewer clients or a smaller min-size"
-        )
-    if head not in _SCHEMES:
-        raise PartitionError(unknown_name("partition", head, _SCHEMES))
 
 
 def split_local(

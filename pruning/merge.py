@@ -132,11 +132,7 @@ class MaskedMean:
         """
         if not math.isfinite(weight) or weight < 0:
             raise MergeError(f"merge: weight must be finite and >= 0, got {weight}")
-        sent = selection(self.layout, spec, self.shapes)
-        check_state(self._with_integers(sub_state, sent), sent, self.previous)
-        for key, tensor in sub_state.items():
-            if not is_finite(tensor):
-                raise MergeError(f"merge: {key!r} holds NaN or infinity")
+        sent = self.check(sub_state, spec)
         if narrowed is not None and not narrowed.is_subset_of(spec, self.layout):
             raise MergeError("merge: the reply's narrower spec is not part of the spec that was sent")
         if weight == 0:
@@ -155,6 +151,18 @@ class MaskedMean:
         self.num_merged += 1
         if len(self._pending) >= FLUSH_SPECS:
             self._fold_coverage()
+
+    def check(self, sub_state: State, spec: SubModelSpec) -> Selection:
+        """Raise what ``add`` raises of a reply that cannot be merged; return where its entries lie.
+
+        For rules that compute with a reply before they know its weight.
+        """
+        sent = selection(self.layout, spec, self.shapes)
+        check_state(self._with_integers(sub_state, sent), sent, self.previous)
+        for key, tensor in sub_state.items():
+            if not is_finite(tensor):
+                raise MergeError(f"merge: {key!r} holds NaN or infinity")
+        return sent
 
     def _take(self, entries: State, positions: Mapping[str, Kept], weight: float) -> None:
         """Add checked entries, which lie at ``positions``, to the sums."""

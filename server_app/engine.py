@@ -8,12 +8,15 @@ folder and ended with everything below it, and the outcome is what `flwr list` s
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import queue
 import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +29,6 @@ from pathlib import Path
 from typing import IO
 
 from server_app import processes
-from server_app.engine_home import find_free_port, make_environment, private_folder
 from server_app.processes import adopt_orphans, die_with_parent, end_descendants, list_descendants, uninterrupted
 
 CONNECTION = "prunus"  # the SuperLink's name in the private Flower configuration
@@ -78,7 +80,7 @@ def run_app(
 
     Raises `EngineError` where Flower is not installed or its SuperLink does not start.
     """
-    with private_folder(state_dir) as home, log_path.open("a", encoding="utf-8") as log_file:
+    with _private_folder(state_dir) as home, log_path.open("a", encoding="utf-8") as log_file:
         copy_app(app_dir, home / "app")
         (home / "cwd").mkdir()
         config_path = home / "run-config.toml"
@@ -285,7 +287,7 @@ def _superlink(home: Path, log: _Log) -> Iterator[_SuperLink]:
     with tempfile.TemporaryDirectory(prefix="prunus-", dir=temp_dir, ignore_cleanup_errors=True) as ray_dir:
         (home / "ray-dir").write_text(ray_dir, encoding="utf-8")
         try:
-            yield _start_superlink(home, log, make_environment(home, Path(ray_dir)))
+            yield _start_superlink(home, log, _make_environment(home, Path(ray_dir)))
         finally:
             with uninterrupted():
                 left = end_descendants(keep=earlier)
@@ -295,7 +297,7 @@ def _superlink(home: Path, log: _Log) -> Iterator[_SuperLink]:
 
 def _start_superlink(home: Path, log: _Log, environment: Mapping[str, str]) -> _SuperLink:
     for _ in range(MAX_PORT_ATTEMPTS):
-        address = f"127.0.0.1:{find_free_port()}"
+        address = f"127.0.0.1:{_find_free_port()}"
         connection = f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n'
         (home / "config.toml").write_text(f'[superlink]\ndefault = "{CONNECTION}"\n\n{connection}', encoding="utf-8")
         command = ["flower-superlink", "--simulation", "--insecure", "--isolation", "subprocess"]
@@ -325,6 +327,92 @@ def _wait_for_line(process: _Process, text: str) -> bool:
         if text in line:
             return True
     return False
+
+
+def _make_environment(home: Path, ray_dir: Path) -> dict[str, str]:
+    """This process' environment with Flower and Ray kept to themselves and off the network."""
+    environment = dict(os.environ)
+    project_dir = Path(__file__).resolve().parents[1]
+    # the app's code comes from the copy that Flower installs, never from the checkout; the caller's own entries stay
+    entries = environment.pop("PYTHONPATH", "").split(os.pathsep)
+    entries = [os.path.abspath(entry) for entry in entries if entry and Path(entry).resolve() != project_dir]
+    if entries:
+        environment["PYTHONPATH"] = os.pathsep.join(entries)
+    programs = Path(sys.executable).parent
+    first = [str(programs)]
+    if shlex.quote(first[0]) != first[0] and programs.parent.joinpath("bin") == programs:
+        first.insert(0, str(_alias_programs(programs, ray_dir)))
+    environment["PATH"] = os.pathsep.join([*first, environment.get("PATH", os.defpath)])
+    environment |= {
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "PYTHONUNBUFFERED": "1",
+        "RAY_ADDRESS": "local",  # never join a Ray that runs on this machine already
+        "RAY_TMPDIR": str(ray_dir),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    return environment
+
+
+def _alias_programs(programs: Path, ray_dir: Path) -> Path:
+    """A folder with a `flwr-simulation` that runs under a path without spaces.
+
+    Ray starts its workers with the driver's `sys.executable` in an unquoted shell command, so that a checkout in a
+    folder with a space in its name would wait for workers in vain.
+    """
+    (ray_dir / "environment").symlink_to(programs.parent, target_is_directory=True)
+    (ray_dir / "programs").mkdir()
+    alias = ray_dir / "environment" / "bin"
+    script = ray_dir / "programs" / "flwr-simulation"
+    script.write_text(f'#!/bin/sh\nexec {alias}/{Path(sys.executable).name} {alias}/flwr-simulation "$@"\n')
+    script.chmod(0o755)
+    return script.parent
+
+
+@contextmanager
+def _private_folder(state_dir: Path) -> Iterator[Path]:
+    """A new folder in `state_dir`, removed at the end; those that killed runs left behind are removed first."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    for folder in state_dir.iterdir():
+        if not _is_in_use(folder):
+            if (folder / "ray-dir").exists():
+                shutil.rmtree((folder / "ray-dir").read_text(encoding="utf-8"), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    home = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=state_dir))
+    with _hold(home / "lock"):
+        try:
+            yield home
+        finally:
+            with uninterrupted():
+                shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def _hold(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Whether a live process holds the folder's lock, or may be about to take it."""
+    try:
+        if time.time() - folder.stat().st_mtime < 60.0:
+            return True
+        with _hold(folder / "lock"):
+            return False
+    except OSError:
+        return folder.exists()
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _error_of(tail: list[str]) -> str:

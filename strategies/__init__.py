@@ -2,6 +2,7 @@
 
 from strategies.adaptcl import AdaptCL
 from strategies.base import SubModelStrategy
+from strategies.cos2p import CoS2P
 from strategies.dc_asgd import DCASGD
 from strategies.depthfl import DepthFL
 from strategies.fedasync import FedAsync
@@ -33,6 +34,7 @@ STRATEGIES: dict[str, type[SubModelStrategy]] = {
         FedNova,
         HeteroFL,
         AdaptCL,
+        CoS2P,
         FedMP,
         FjORD,
         FedRolex,
@@ -58,6 +60,7 @@ __all__ = [
     "SSP",
     "STRATEGIES",
     "AdaptCL",
+    "CoS2P",
     "DepthFL",
     "FedAsync",
     "FedAvg",

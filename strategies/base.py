@@ -62,7 +62,7 @@ class SubModelStrategy(Strategy):
     """Whether the merged state is a model to test; if not, clients test what each of them has."""
     sends_deltas: ClassVar[bool] = False
     """Whether answers are differences, even where none is stale and nothing is compressed."""
-    needs_versions: ClassVar[bool] = False
+    needs_versions: bool = False
     """Whether the method compares with the model that a client started from (``sent_state``)."""
 
     def __init__(

@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
 """A run of half a second in which every method shows what it does; AdaptCL decides in rounds 3, 5, 7, ..."""
 
 OWN: dict[str, dict[str, Any]] = {
+    "cos2p": {"cos2p.quorum-ratio": 0.0, "cos2p.mask-epochs": 2},  # waits for all unless told otherwise
     "only-capable": {"only-capable.share": 1.0},  # so that as many clients answer as with other methods
     "fedbuff": {"fedbuff.buffer": 3},
     "depthfl": {"model.exits": True, "depthfl.ramp-up-rounds": 3},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -59,12 +58,3 @@ class PooledHead(nn.Module):
         if self.norm is not None:
             x = torch.relu(self.norm(x))
         return self.linear(x.mean(dim=(2, 3)))
-
-
-def conv_block(before: int, after: int, pool: nn.Module | None = None) -> nn.Sequential:
-    """3x3 convolution, batch norm, ReLU and perhaps a pooling: ``conv``, ``norm``, ``relu``, ``pool``."""
-    conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, norm=nn.BatchNorm2d(after), relu=nn.ReLU())
-    if pool is not None:
-        layers["pool"] = pool
-    return nn.Sequential(layers)

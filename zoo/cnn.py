@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from pruning.groups import Group, Layout
-from zoo.chain import BlockChain, PooledHead, conv_block
+from zoo.chain import BlockChain, PooledHead
 from zoo.declare import batch_norm, classes, columns, declare_blocks, rows, scale_width
 
 
@@ -36,10 +36,15 @@ def cnn(
         )
     blocks: list[nn.Module] = []
     before = in_channels
-    last = len(widths) - 1
     for index, after in enumerate(widths):
-        blocks.append(conv_block(before, after, nn.MaxPool2d(2) if index < last else None))
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv=nn.Conv2d(before, after, 3, padding=1, bias=False), norm=nn.BatchNorm2d(after), relu=nn.ReLU()
+        )
+        if index < len(widths) - 1:
+            layers["pool"] = nn.MaxPool2d(2)
+        blocks.append(nn.Sequential(layers))
         before = after
+    last = len(widths) - 1
     behind = {i: j for j, i in enumerate(range(len(widths)) if exits else [last])}
     heads = [PooledHead(widths[i], num_classes) for i in behind]
     model = BlockChain(nn.Identity(), blocks, heads, tuple(behind) if exits else ())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from torch import nn
 
 from pruning.groups import Group, Layout
-from zoo.chain import BlockChain, PooledHead, conv_block
+from zoo.chain import BlockChain, PooledHead
 from zoo.declare import batch_norm, classes, columns, declare_blocks, rows, scale_width
 
 # Convolutions per stage; a 2x2 max-pooling ends every stage.
@@ -22,8 +24,12 @@ def vgg(
     blocks: list[nn.Module] = []
     before = in_channels
     for index, after in enumerate(plan):
-        # Rounding up changes nothing for 32 x 32 and lets images smaller than 32 through all five poolings.
-        blocks.append(conv_block(before, after, nn.MaxPool2d(2, ceil_mode=True) if index in ends else None))
+        conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, norm=nn.BatchNorm2d(after), relu=nn.ReLU())
+        if index in ends:
+            # Rounding up changes nothing for 32 x 32 and lets images smaller than 32 through all five poolings.
+            layers["pool"] = nn.MaxPool2d(2, ceil_mode=True)
+        blocks.append(nn.Sequential(layers))
         before = after
     model = BlockChain(nn.Identity(), blocks, [PooledHead(before, num_classes)])
     readers = [f"blocks.{i}.conv" for i in range(1, len(plan))] + ["heads.0.linear"]

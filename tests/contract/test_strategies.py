@@ -30,6 +30,7 @@ EVERY_RATE_1: dict[str, dict[str, Any]] = {
     "fednova": {},  # equal data: equal steps
     "fedmp": {"fedmp.bandit.max-pruning-rate": 0.0},
     "fjord": {"fjord.rates": "1"},
+    "cos2p": {"cos2p.budgets": "1", "cos2p.client-weight": "samples"},
     "fedrolex": {"fedrolex.rates": "1", "fedrolex.mask-missing-labels": False},
     "fiarse": {"fiarse.sizes": "1"},
 }
@@ -45,6 +46,7 @@ NOBODY_WHOLE: dict[str, dict[str, Any]] = {
     "fednova": {"fednova.rates": "0.5,0.25"},
     "fedmp": {},
     "fjord": {"fjord.rates": "0.5,0.25"},
+    "cos2p": {"cos2p.budgets": "0.5,0.25"},
     "fedrolex": {"fedrolex.rates": "0.5,0.25"},
     "fiarse": {"fiarse.sizes": "0.5,0.25"},
     "depthfl": {"depthfl.exits": "1"},

@@ -1,0 +1,438 @@
+"""Co-S2P against its ablations and its rivals on 16 unequal Jetsons: real data, virtual clock, equal time budgets.
+
+    python -m bench.cos2p                          # everything; hours on 2 cores, resumable
+    python -m bench.cos2p --task digits --seeds 1
+    python -m bench.cos2p --quick                  # a small comparison, about a minute
+
+Every run is kept in results/bench/cos2p; a run that is there is not repeated. Each method runs as many rounds as fit
+into the same virtual time, its learning rate annealed over them: a short probe (kept, too) says how long its rounds
+take. The clock is the fleet's; memory is measured in client processes of their own, one for each device class and
+phase. The CIFAR tasks need ``--data-dir`` with NAME.npz or torchvision's files; without them they are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS, finish, in_fresh_process, num_cores, peak_bytes, print_table
+from bench.common import options as common_options
+from strategies import STRATEGIES
+from wire.flat import Scalar
+
+Keys = dict[str, Scalar]
+RATES = "1,0.75,0.5,0.25"
+PROBE_ROUNDS = 4
+MEMORY_MODEL, MEMORY_BATCH = "vit_tiny", 32
+
+
+@dataclass(frozen=True)
+class Task:
+    """A learning problem and the virtual time that every method gets for it.
+
+    Attributes
+    ----------
+    keys : of the run config.
+    budget_s : virtual seconds.
+    """
+
+    keys: Keys
+    budget_s: float
+
+
+COMMON: Keys = {
+    "num-clients": 16,
+    "fleet.name": "jetson-16",
+    "data.partition": "merged-dirichlet:1.5",
+    "model.exits": True,
+    "train.local-epochs": 5,
+    "train.batch-size": 16,
+    "evaluation.where": "both",
+}
+VIT: Keys = {"model.name": "vit_micro", "train.optimizer": "adam", "train.learning-rate": 0.002}
+RESNET: Keys = {"model.name": "resnet20", "train.learning-rate": 0.05, "train.local-epochs": 2}
+CIFAR: Keys = {"data.max-train": 4000, "data.max-test": 2000, "train.augment": "flip-shift"}
+TASKS: dict[str, Task] = {
+    "digits": Task({**COMMON, **VIT, "data.name": "digits"}, 40.0),
+    "cifar10": Task({**COMMON, **VIT, **CIFAR, "data.name": "cifar10"}, 120.0),
+    "cifar100": Task({**COMMON, **VIT, **CIFAR, "data.name": "cifar100"}, 120.0),
+    "cifar10-resnet20": Task({**COMMON, **RESNET, **CIFAR, "data.name": "cifar10"}, 200.0),
+}
+
+OURS: Keys = {"strategy": "cos2p", "cos2p.budgets": RATES, "cos2p.mask-epochs": 5, "cos2p.kd-start": 5}
+METHODS: dict[str, Keys] = {
+    "cos2p": OURS,
+    "cos2p random masks": {**OURS, "cos2p.masks": "random"},
+    "cos2p first units": {**OURS, "cos2p.masks": "first"},
+    "cos2p no distillation": {**OURS, "cos2p.transfer": "none"},
+    "cos2p mutual": {**OURS, "cos2p.transfer": "mutual"},
+    "cos2p synchronous": {**OURS, "cos2p.quorum-ratio": 1.0},
+    "cos2p global norm": {**OURS, "cos2p.coverage-norm": "global"},
+    "cos2p samples": {**OURS, "cos2p.client-weight": "samples"},
+    "cos2p uniform": {**OURS, "cos2p.client-weight": "uniform"},
+    "cos2p polynomial": {**OURS, "cos2p.client-weight": "polynomial"},
+    "fedavg": {"strategy": "fedavg"},
+    "only-capable": {"strategy": "only-capable"},
+    "smallest-everywhere": {"strategy": "smallest-everywhere"},
+    "heterofl": {"strategy": "heterofl", "heterofl.rates": RATES},
+    "fjord": {"strategy": "fjord", "fjord.rates": RATES},
+    "fedrolex": {"strategy": "fedrolex", "fedrolex.rates": RATES},
+    "depthfl": {"strategy": "depthfl"},
+    "fiarse": {"strategy": "fiarse"},
+}
+RIVALS = ("fedavg", "only-capable", "smallest-everywhere", "heterofl", "fjord", "fedrolex", "depthfl", "fiarse")
+QUICK = ("cos2p", "cos2p synchronous", "fedavg")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    task: str
+    seed: int
+    method: str
+
+    @property
+    def file_name(self) -> str:
+        """Where its outcome is kept."""
+        return f"{self.task}_seed{self.seed}_{self.method.replace(' ', '-')}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what is missing, print the tables."""
+    parser = common_options("cos2p", __doc__)
+    parser.add_argument("--task", action="append", choices=list(TASKS))
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--budget", type=float, default=1.0, help="times the virtual time of every task")
+    parser.add_argument("--store", type=Path, default=RESULTS.parents[1] / "results" / "bench" / "cos2p")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.task, options.seeds, options.method = ["digits"], 1, list(QUICK)
+        options.store = options.store.with_name("cos2p-quick")
+    cases = plan(options)
+    run_missing(cases, options)
+    memory = measure_memory(options)
+    print_table("peak of a client process, measured above its peak before the request", memory)
+    tables = [summarise(task, options) for task in dict.fromkeys(case.task for case in cases)]
+    for table in tables:
+        print_table(f"{table['task']}: {table['budget_s']:g} virtual seconds, {table['seeds']} seeds", table["rows"])
+        print_table(f"{table['task']}: the abstract's claims beside what was found", table["claims"])
+    return finish("cos2p", options, {"memory": memory, "tables": tables}, seeds=range(options.seeds))
+
+
+def plan(options: argparse.Namespace) -> list[Case]:
+    """The runs asked for, of the methods and data sets that there are."""
+    tasks = options.task or list(TASKS)
+    for task in [t for t in tasks if not has_data(t, options.data_dir)]:
+        print(f"left out: {task} (no data in {options.data_dir}; see the README on data)")
+    methods = [m for m in options.method or list(METHODS) if str(METHODS[m]["strategy"]) in STRATEGIES]
+    there = [task for task in tasks if has_data(task, options.data_dir)]
+    return [Case(task, seed, method) for task in there for seed in range(options.seeds) for method in methods]
+
+
+def has_data(task: str, data_dir: str) -> bool:
+    """Whether a task's data set lies in ``data_dir``."""
+    name = str(TASKS[task].keys["data.name"])
+    files = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+    return name not in files or any((Path(data_dir) / file).exists() for file in (f"{name}.npz", files[name]))
+
+
+def run_missing(cases: Sequence[Case], options: argparse.Namespace) -> None:
+    """Run every case whose outcome is not kept yet, ``workers`` at once."""
+    options.store.mkdir(parents=True, exist_ok=True)
+    missing = [case for case in cases if not (options.store / case.file_name).exists()]
+    jobs = [(case, keys_of(case, options), budget_of(case.task, options), str(options.store)) for case in missing]
+    if options.workers <= 1 or len(jobs) <= 1:
+        results = map(run_case, jobs)
+        _report(results, len(jobs))
+        return
+    with multiprocessing.get_context("spawn").Pool(min(options.workers, len(jobs)), maxtasksperchild=4) as pool:
+        _report(pool.imap_unordered(run_case, jobs), len(jobs))
+
+
+def _report(results: Any, num_jobs: int) -> None:
+    began = time.monotonic()
+    for done, case in enumerate(results, start=1):
+        left_s = (time.monotonic() - began) / done * (num_jobs - done)
+        print(f"[{done}/{num_jobs}] {case.file_name}; about {left_s / 60:.0f} min left", flush=True)
+
+
+def budget_of(task: str, options: argparse.Namespace) -> float:
+    """Virtual seconds that a method gets."""
+    return TASKS[task].budget_s * options.budget * (0.15 if options.quick else 1.0)
+
+
+def keys_of(case: Case, options: argparse.Namespace) -> Keys:
+    """The run config of a case, but for its rounds."""
+    quick: Keys = {"data.max-train": 640, "train.local-epochs": 1} if options.quick else {}
+    return {
+        **TASKS[case.task].keys,
+        **quick,
+        "data.dir": str(Path(options.data_dir).absolute()),
+        "seed": case.seed,
+        "data.seed": case.seed,
+        "num-workers": 1,
+        "transport": "local",
+        "keep-checkpoints": 1,
+        **METHODS[case.method],
+    }
+
+
+def run_case(job: tuple[Case, Keys, float, str]) -> Case:
+    """A probe and a run in this process; keeps the outcome atomically."""
+    case, keys, budget_s, store = job
+    probe = outcome(one_run({**keys, "num-rounds": PROBE_ROUNDS, "train.schedule": "constant"}, case, store, "probe"))
+    round_s = probe["time_s"] - probe["curve"][-2]["time_s"] if len(probe["curve"]) > 1 else probe["time_s"]
+    # Mask phases make the first rounds longer: the probe's time for those, its last round's for all others.
+    num_rounds = PROBE_ROUNDS + max(0, round((budget_s - probe["time_s"]) / max(round_s, 1e-9)))
+    every = max(1, num_rounds // 20)
+    last = {"num-rounds": num_rounds, "evaluation.every": every, "evaluation.family-every": every}
+    kept = outcome(one_run({**keys, **last}, case, store, "run"))
+    target = Path(store) / case.file_name
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(kept))
+    part.replace(target)
+    return case
+
+
+def one_run(keys: Keys, case: Case, store: str, kind: str) -> Path:
+    """Carry out one run without its output; returns its event log."""
+    from server_app.config import parse
+    from server_app.local import run_local
+
+    folder = Path(store) / "runs" / f"{case.file_name.removesuffix('.json')}-{kind}-{os.getpid()}-{time.time_ns()}"
+    shown = sys.stdout, sys.stderr
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            run_local(parse({**keys, "run-dir": str(folder)}), show=lambda line: None)
+        finally:
+            sys.stdout, sys.stderr = shown
+    return folder / "events.jsonl"
+
+
+def outcome(log: Path) -> dict[str, Any]:
+    """What the tables need of an event log: the curve, totals, memory and N*."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    arrivals = [row for row in rows if row["event"] == "arrival"]
+    merges = [row for row in rows if row["event"] == "merge"]
+    personal = {row["server_round"]: row for row in rows if row.get("where") == "federated"}
+    curve = []
+    for row in rows:
+        if row["event"] == "evaluation" and row["where"] == "central":
+            family = {member["name"]: member["accuracy"] for member in row.get("family", [])}
+            clients = personal.get(row["server_round"], {}).get("clients", {})
+            curve.append(
+                {
+                    "time_s": row["time_s"],
+                    "base": row["accuracy"],
+                    "best": max([row["accuracy"], row["accuracy_reestimated"], *family.values()]),
+                    "family": family,
+                    "clients": clients,
+                }
+            )
+    last = max(row["finish_s"] for row in arrivals)
+    return {
+        "curve": curve,
+        "time_s": merges[-1]["time_s"],
+        "num_rounds": len(merges),
+        "utilisation": sum(row["update_time_s"] for row in arrivals) / (16 * max(last, merges[-1]["time_s"])),
+        "upload_bytes": sum(row["upload_bytes"] for row in arrivals),
+        "download_bytes": sum(row["download_bytes"] for row in arrivals),
+        "n_star": statistics.median(row["n_star"] for row in merges),
+        "stale_ratio": sum(row["staleness"] > 0 for row in arrivals) / len(arrivals),
+        "peak_memory": {str(pid): max(_peaks(arrivals, pid)) for pid in sorted({r["partition_id"] for r in arrivals})},
+    }
+
+
+def _peaks(arrivals: Sequence[Mapping[str, Any]], pid: int) -> list[float]:
+    return [row.get("peak_memory_bytes", 0) for row in arrivals if row["partition_id"] == pid]
+
+
+def load(store: Path, case: Case) -> dict[str, Any] | None:
+    """A kept outcome; None if there is none."""
+    path = store / case.file_name
+    if not path.exists():
+        return None
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept
+
+
+def summarise(task: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One table: every method at the end of the same virtual time, and the claims."""
+    budget_s = budget_of(task, options)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for method in METHODS:
+        found = [load(options.store, Case(task, seed, method)) for seed in range(options.seeds)]
+        if any(found):
+            runs[method] = [run for run in found if run is not None]
+    rows = []
+    for method, same in runs.items():
+        columns: dict[str, list[float]] = {}
+        for index, run in enumerate(same):
+            reference = runs.get("fedavg", runs[next(iter(runs))])
+            target = 0.95 * at_time(reference[min(index, len(reference) - 1)], budget_s)["best"]
+            for name, value in figures(run, budget_s, target).items():
+                columns.setdefault(name, []).append(value)
+        rows.append({"method": method} | {name: mean_and_spread(values) for name, values in columns.items()})
+    return {
+        "task": task,
+        "budget_s": budget_s,
+        "seeds": options.seeds,
+        "rows": rows,
+        "claims": claims(runs, budget_s),
+        "raw": {method: [slim(run, budget_s) for run in same] for method, same in runs.items()},
+    }
+
+
+def at_time(run: Mapping[str, Any], time_s: float) -> Mapping[str, Any]:
+    """The last evaluation within 2 % of a virtual time."""
+    points: list[Mapping[str, Any]] = [p for p in run["curve"] if p["time_s"] <= time_s * 1.02]
+    return points[-1] if points else run["curve"][0]
+
+
+def time_to(run: Mapping[str, Any], target: float) -> float:
+    """Virtual time at which the best of base and family first has ``target``; infinite if never."""
+    return next((float(p["time_s"]) for p in run["curve"] if p["best"] >= target), float("inf"))
+
+
+def figures(run: Mapping[str, Any], budget_s: float, target: float) -> dict[str, float]:
+    """The columns of one run."""
+    point = at_time(run, budget_s)
+    clients = list(point["clients"].values())
+    shallow = [accuracy for name, accuracy in point["family"].items() if name in ("exit 2", "exit 3")]
+    return {
+        "rounds": run["num_rounds"],
+        "base": point["base"],
+        "best of family": point["best"],
+        "clients' own": statistics.fmean(clients) if clients else float("nan"),
+        "first exit": shallow[0] if shallow else float("nan"),
+        "time to target": time_to(run, target),
+        "utilisation": run["utilisation"],
+        "N*": run["n_star"],
+        "upload MB": run["upload_bytes"] / 1e6,
+    }
+
+
+def slim(run: Mapping[str, Any], budget_s: float) -> dict[str, Any]:
+    """What of a run is kept with the figures."""
+    point = at_time(run, budget_s)
+    kept = {
+        name: run[name] for name in ("num_rounds", "time_s", "utilisation", "n_star", "stale_ratio", "upload_bytes")
+    }
+    return kept | {"base": point["base"], "best": point["best"], "family": point["family"]}
+
+
+def claims(runs: Mapping[str, Sequence[Mapping[str, Any]]], budget_s: float) -> list[dict[str, Any]]:
+    """The abstract's four claims: what it says, and what was found here; memory is measured in ``measure_memory``."""
+    if "cos2p" not in runs:
+        return []
+    found = []
+    ours = statistics.fmean(at_time(run, budget_s)["best"] for run in runs["cos2p"])
+    rivals = {
+        name: statistics.fmean(at_time(run, budget_s)["best"] for run in runs[name]) for name in RIVALS if name in runs
+    }
+    ranked = sorted(rivals, key=lambda name: rivals[name])
+    for what, name in (("best", ranked[-1]), ("worst", ranked[0])) if ranked else ():
+        gain = f"{100 * (ours - rivals[name]):+.1f} against the {what} rival, {name}"
+        found.append({"claim": "accuracy up to +8.8 points", "found": gain})
+    if "cos2p synchronous" in runs:
+        pairs = list(zip(runs["cos2p"], runs["cos2p synchronous"], strict=False))
+        gains = [a["utilisation"] / b["utilisation"] for a, b in pairs]
+        found.append({"claim": "utilisation up to 1.2x", "found": f"{mean_and_spread(gains)} x of synchronous"})
+        savings = []
+        for a, b in pairs:
+            target = 0.97 * min(at_time(a, budget_s)["best"], at_time(b, budget_s)["best"])
+            savings.append(100 * (1 - time_to(a, target) / max(1e-9, time_to(b, target))))
+        found.append(
+            {
+                "claim": "time about -24 %",
+                "found": f"{-statistics.fmean(savings):+.0f} % of synchronous, to equal accuracy",
+            }
+        )
+    return found
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """``.631 ± .012`` over seeds."""
+    if any(value == float("inf") for value in values):
+        return f"not reached ({sum(v == float('inf') for v in values)} of {len(values)})"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+# --- memory of client processes --------------------------------------------------------------------------------------
+
+
+def measure_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak of one client process per device class and phase, and the saving against the full model's training."""
+    model = "vit_micro" if options.quick else MEMORY_MODEL
+    rows = []
+    for rate in (1.0, 0.75, 0.5, 0.25):
+        for phase in ("weights", "masks + weights")[: 1 if rate == 1 else 2]:
+            rows.append(
+                {"rate": rate, "phase": phase, **in_fresh_process(client_peak, model, rate, phase != "weights")}
+            )
+    full = rows[0]
+    for row in rows:
+        row["against full"] = row["measured_mib"] / full["measured_mib"] - 1
+        row["counted against full"] = row["counted_mib"] / full["counted_mib"] - 1
+    return rows
+
+
+def client_peak(model: str, rate: float, learns_masks: bool) -> dict[str, float]:
+    """Peak of this process while it handles one request, above its peak before; and what the client counts."""
+    import torch
+
+    from bench.cos2p_scale import reset_peak
+    from client_app.data import client_examples
+    from client_app.handler import build_model, full_model, handle, sub_model
+    from pruning.capability import inner_groups, solve_rate, sub_model_at
+    from pruning.extract import extract
+    from wire.message import DataConfig, Instruction, Job, ModelConfig, TrainConfig
+
+    torch.set_num_threads(1)
+    config = ModelConfig(model, exits=True)
+    train = TrainConfig(batch_size=MEMORY_BATCH, optimizer="adam", learning_rate=0.001)
+    job = Job(config, DataConfig(max_train=4 * MEMORY_BATCH * 2, partition="iid", test_ratio=0.1), train, 4, 10, 0)
+    network, layout = build_model(config, 10, (1, 8, 8))
+    groups = inner_groups(layout, {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()})
+    depth = solve_rate(layout, rate).depth
+    spec = sub_model_at(layout, groups, depth, 1.0 if learns_masks else rate)
+    state = {key: tensor.clone() for key, tensor in extract(network.state_dict(), layout, spec).items()}
+    del network
+    settings: Keys = {"then": "deepest-teaches", "width-rate": rate, "mask-epochs": 1, "distillation-weight": 0.5}
+    objective = "mask-learning" if learns_masks else "deepest-teaches"
+    instruction = Instruction("train", 0, 0, 1, 0, job, state, spec, objective, settings)
+    warm = replace(train, batch_size=2)  # imports and caches are not what is compared
+    client_examples(job.data, 4, 0)
+    full_model(config, 10, (1, 8, 8))
+    sub_model(config, 10, (1, 8, 8), spec)
+    tiny = replace(job, model=ModelConfig("mlp"), train=warm)
+    small = build_model(tiny.model, 10, (1, 8, 8))[0].state_dict()
+    handle(Instruction("train", 0, 0, 1, 0, tiny, small))
+    del small
+    reset_peak()
+    before = peak_bytes()
+    report = handle(instruction)
+    return {
+        "measured_mib": (peak_bytes() - before) / 2**20,
+        "counted_mib": report.peak_memory_bytes / 2**20,
+        "examples": float(report.num_examples),
+    }
+
+
+if __name__ == "__main__":
+    main()

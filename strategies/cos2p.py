@@ -1,0 +1,302 @@
+"""Co-S2P (Li et al. 2024, arXiv 2410.08457): semi-asynchronous training of depth- and width-pruned models.
+
+Client i of rate r_i keeps the first ``floor(r_i L)`` blocks and, in each, the share r_i of the units. Which ones, it
+learns on its own data with the weights frozen, the first two times it is asked; then its mask is fixed. The deepest
+exit that it holds teaches its shallower ones. The server merges as soon as a quorum has answered::
+
+    theta_k += sum_{i holds k} c_i delta_ik / sum_{i holds k} c_i                     (``coverage-norm = per-entry``)
+    c_i = (||delta_i||_1 / r_i) / (||theta_now - theta_sent_to_i||_1 + 1)             (``client-weight = co-s2p``)
+
+What is the paper's and what is ours: docs/fidelity.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from pruning.capability import Capability, exit_depths, inner_groups, sub_model_at
+from pruning.merge import AggregateResult, MaskedMean, holders_mean, residual_mean
+from pruning.select import select_prefix, select_random
+from pruning.spec import SubModelSpec
+from strategies.base import SubModelStrategy
+from strategies.cos2p_rule import (
+    Coverage,
+    budgets_of,
+    co_s2p_weight,
+    covering_spec,
+    full_depth_capabilities,
+    l1_distance,
+    parse_budgets,
+    solve_budgets,
+)
+from strategies.exchange import Arrival, Entry
+from strategies.setting import Order
+from wire.flat import Scalar, refuse, require, require_choice
+from wire.grid import spec_from_json, spec_to_json
+from wire.message import Report
+
+
+@dataclass(frozen=True)
+class CoS2PConfig:
+    """Settings of Co-S2P.
+
+    Attributes
+    ----------
+    budgets : what devices can spend, comma-separated: rates in (0, 1], bytes of memory (``2GiB,800MB``), or
+        ``device:SHARE`` of each simulated device's own memory.
+    assignment : ``capability`` (equal parts of the clients per budget, faster devices the larger) or ``cycle``.
+    solver : ``paper`` (one rate for depth and width) or ``fit`` (the deepest exit whose training fits, then the width).
+    masks : ``learned`` on the client, ``random`` or ``first`` units.
+    mask_receptions : merged answers in which a client learns its mask, before it is fixed.
+    mask_epochs, mask_learning_rate : of the mask phase; the rate is that of the scores.
+    mask_penalty : lambda of ``|mean(gates) - width rate|``.
+    mask_select : final mask: ``top-k`` of the scores per group, or drawn (``bernoulli``), which misses the rate.
+    transfer : ``deepest-teaches``, ``mutual`` or ``none``; for models with exits (``model.exits``).
+    temperature, kd_weight, kd_start : of the distillation; it begins in round ``kd-start``.
+    client_weight : ``co-s2p``, ``samples``, ``uniform`` or ``polynomial`` (n (1 + staleness)^-0.5).
+    coverage_norm : ``per-entry`` divides by the weight of an entry's holders, ``global`` by that of the whole merge.
+    rotate_coverage : whoever is asked takes over, in turn, what nobody has held since all were heard.
+    exit_choice : clients deploy the exit that is best on their own data (``personal``), or the ``deepest``.
+    quorum_ratio : merge when this share of the clients has answered, unless ``loop.quorum`` or ``loop.deadline-s`` say
+        otherwise; 0 leaves it to the loop's settings.
+    max_staleness : answers that are older are dropped, unless ``loop.max-staleness`` says otherwise.
+    """
+
+    budgets: str = "1,0.75,0.5,0.25"
+    assignment: str = "capability"
+    solver: str = "paper"
+    masks: str = "learned"
+    mask_receptions: int = 2
+    mask_epochs: int = 20
+    mask_learning_rate: float = 0.01
+    mask_penalty: float = 1.0
+    mask_select: str = "top-k"
+    transfer: str = "deepest-teaches"
+    temperature: float = 3.0
+    kd_weight: float = 0.5
+    kd_start: int = 10
+    client_weight: str = "co-s2p"
+    coverage_norm: str = "per-entry"
+    rotate_coverage: bool = False
+    exit_choice: str = "personal"
+    quorum_ratio: float = 0.5
+    max_staleness: int = 10
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        parse_budgets(self.budgets)
+        require(0 <= self.quorum_ratio <= 1, "quorum-ratio", self.quorum_ratio, "in [0, 1]")
+        for key, least in (("mask_receptions", 1), ("mask_epochs", 1), ("max_staleness", 0), ("kd_start", 0)):
+            require(getattr(self, key) >= least, key.replace("_", "-"), getattr(self, key), f">= {least}")
+        for key in ("mask_learning_rate", "temperature"):
+            require(getattr(self, key) > 0, key.replace("_", "-"), getattr(self, key), "> 0")
+        for key in ("mask_penalty", "kd_weight"):
+            require(getattr(self, key) >= 0, key.replace("_", "-"), getattr(self, key), ">= 0")
+        for key, value, choices in (
+            ("assignment", self.assignment, ("capability", "cycle")),
+            ("solver", self.solver, ("paper", "fit")),
+            ("masks", self.masks, ("learned", "random", "first")),
+            ("mask-select", self.mask_select, ("top-k", "bernoulli")),
+            ("transfer", self.transfer, ("deepest-teaches", "mutual", "none")),
+            ("client-weight", self.client_weight, ("co-s2p", "samples", "uniform", "polynomial")),
+            ("coverage-norm", self.coverage_norm, ("per-entry", "global")),
+            ("exit-choice", self.exit_choice, ("personal", "deepest")),
+        ):
+            require_choice(key, value, choices)
+
+
+class CoS2P(SubModelStrategy):
+    """Depth by capability, learned width masks, exits, a quorum."""
+
+    name = "cos2p"
+    Config = CoS2PConfig
+    config: CoS2PConfig
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        num_clients = self.setting.job.num_clients
+        if self.loop.is_barrier and self.config.quorum_ratio:
+            self.loop = replace(
+                self.loop,
+                quorum=max(1, ceil(self.config.quorum_ratio * num_clients)),
+                max_staleness=self.loop.max_staleness or self.config.max_staleness,
+            )
+        self.needs_versions = self.config.client_weight == "co-s2p" and self.loop.max_staleness != 0
+        self._groups = inner_groups(self.layout, self.cost.shapes)
+        self._full_depth = exit_depths(self.layout)[-1]
+        budgets = budgets_of(self.config.budgets, self.setting, self.config.assignment)
+        run = (self.setting, self._groups)
+        learns = self.config.masks == "learned"
+        self._capabilities = solve_budgets(budgets, *run, self.config.solver, learns)
+        self._tall = full_depth_capabilities(budgets, *run, learns, self._full_depth)
+        self._masks: dict[int, SubModelSpec] = {}
+        self._receptions: dict[int, int] = {}
+        self._coverage = Coverage(self.layout, self._groups)
+        self._trained_depth = 0
+        self._warned = ""
+
+    # --- hooks -------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse a run in which nobody would ever train the end of the model."""
+        deepest = max(capability.depth for capability in self._capabilities)
+        if deepest == self._full_depth:
+            return
+        refuse(
+            not self.config.rotate_coverage,
+            f"cos2p.budgets={self.config.budgets}",
+            f"nobody can hold the full depth: of {self._full_depth} blocks the largest budget holds {deepest}; give "
+            "one client more, or set cos2p.rotate-coverage=true",
+        )
+        refuse(
+            not self._tall,
+            f"cos2p.budgets={self.config.budgets}",
+            "no budget holds all blocks at a quarter of the width",
+        )
+
+    def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
+        """Everybody's own sub-model; one client in turn takes over what nobody holds, if so configured."""
+        orders = {pid: self._order(pid, server_round) for pid in clients}
+        rotated = self._rotated(server_round, clients)
+        if rotated is not None:
+            pid, spec = rotated
+            orders[pid] = Order(spec, self._objective(), self._settings(server_round))
+        return orders
+
+    def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
+        """Under the configured client weight."""
+        held = report.narrowed or entry.spec
+        mean.check(report.state, held)
+        mean.add(report.state, held, self._client_weight(entry, report, held, staleness))
+        self._coverage.note(held, self.progress.global_version + 1)
+        self._trained_depth = max(self._trained_depth, len(self.layout.blocks) if held.depth is None else held.depth)
+
+    def observe(self, arrival: Arrival, report: Report) -> None:
+        """Note the mask that the client has learned."""
+        if report.narrowed is not None:
+            pid = arrival.entry.partition_id
+            self._masks[pid], self._receptions[pid] = report.narrowed, self._receptions.get(pid, 0) + 1
+
+    def merge(self, mean: MaskedMean) -> AggregateResult:
+        """Under the configured norm; entries without a holder are warned about with their blocks' names."""
+        rule = holders_mean if self.config.coverage_norm == "per-entry" else residual_mean
+        merged = mean.finalize(self.loop.mixing_rate, rule)
+        missed = self._missed_blocks(merged) if merged.n_star == 0 else ""
+        if missed and missed != self._warned:
+            self.warn(self.progress.server_round + 1, f"N* is 0: nobody in this merge held all of {missed}")
+        self._warned = missed
+        return merged
+
+    def family(self) -> dict[str, SubModelSpec]:
+        """The model up to every exit that somebody has trained; the deepest of them is what is deployed."""
+        depths = [depth for depth in exit_depths(self.layout) if depth < self._trained_depth]
+        return {f"exit {depth}": SubModelSpec(depth=depth) for depth in depths}
+
+    def deployed(self) -> SubModelSpec:
+        """The model up to the deepest exit that has been trained."""
+        depth = self._trained_depth or len(self.layout.blocks)
+        return SubModelSpec(depth=None if depth == len(self.layout.blocks) else depth)
+
+    def evaluation_order(self, partition_id: int) -> Order:
+        """The client's sub-model, and the exit it has found best."""
+        spec = self._masks.get(partition_id) or self._order(partition_id, 1).spec
+        return Order(spec, self._objective(), self._settings(1))
+
+    def export_state(self) -> dict[str, Any]:
+        """Masks, how often each was learned, coverage."""
+        return {
+            "masks": {str(pid): spec_to_json(spec) for pid, spec in self._masks.items()},
+            "receptions": {str(pid): count for pid, count in self._receptions.items()},
+            "coverage": self._coverage.export(),
+            "trained_depth": self._trained_depth,
+            "warned": self._warned,
+        }
+
+    def import_state(self, own: dict[str, Any]) -> None:
+        """Go on from ``export_state``."""
+        masks = {int(pid): spec_from_json(text) for pid, text in own["masks"].items()}
+        self._masks = {pid: spec for pid, spec in masks.items() if spec is not None}
+        self._receptions = {int(pid): count for pid, count in own["receptions"].items()}
+        self._coverage.restore(own["coverage"])
+        self._trained_depth, self._warned = own["trained_depth"], own["warned"]
+
+    # --- orders ------------------------------------------------------------------------------------------------------
+
+    def _order(self, pid: int, server_round: int) -> Order:
+        capability = self._capabilities[pid]
+        whole = sub_model_at(self.layout, self._groups, capability.depth, 1.0)
+        settings, objective = self._settings(server_round), self._objective()
+        if capability.width_rate == 1:
+            return Order(whole, objective, settings)
+        if self.config.masks != "learned":
+            return Order(self._fixed_mask(pid, capability), objective, settings)
+        if self._receptions.get(pid, 0) >= self.config.mask_receptions:
+            return Order(self._masks[pid], objective, settings)
+        base, *corrections = objective.split("+")
+        settings = settings | {
+            "then": base,
+            "width-rate": capability.width_rate,
+            "mask-epochs": self.config.mask_epochs,
+            "mask-learning-rate": self.config.mask_learning_rate,
+            "mask-penalty": self.config.mask_penalty,
+            "mask-select": self.config.mask_select,
+        }
+        return Order(whole, "+".join(["mask-learning", *corrections]), settings)
+
+    def _objective(self) -> str:
+        if not self.setting.job.model.exits:
+            return "cross-entropy"
+        base = "exits" if self.config.transfer == "none" else self.config.transfer
+        return f"{base}+exit-choice" if self.config.exit_choice == "personal" else base
+
+    def _settings(self, server_round: int) -> dict[str, Scalar]:
+        weight = self.config.kd_weight if server_round >= self.config.kd_start else 0.0
+        return {"temperature": self.config.temperature, "distillation-weight": weight}
+
+    def _fixed_mask(self, pid: int, capability: Capability) -> SubModelSpec:
+        held = sub_model_at(self.layout, self._groups, capability.depth, capability.width_rate)
+        widths = {name: len(units) for name, units in held.units.items()}
+        rng = np.random.default_rng((self.seed, pid))
+        chosen = select_prefix(self.layout, widths) if self.config.masks == "first" else None
+        return SubModelSpec((chosen or select_random(self.layout, widths, rng)).kept, held.depth)
+
+    def _rotated(self, server_round: int, clients: Sequence[int]) -> tuple[int, SubModelSpec] | None:
+        """Who holds, this round, what no merge has held since everybody was heard; and which sub-model that is."""
+        if not self.config.rotate_coverage:
+            return None
+        patience = ceil(self.setting.job.num_clients / self.loop.quorum) if self.loop.quorum else 1
+        wanted, depth = self._coverage.starved(self.progress.global_version - patience)
+        able = [p for p in clients if depth <= self._capabilities[p].depth or p in self._tall]
+        if not depth or not able or self.progress.global_version < patience:
+            return None
+        pid = sorted(able, key=lambda p: (-self._capabilities[p].rate, p))[server_round % len(able)]
+        own = self._capabilities[pid]
+        capability = own if depth <= own.depth else self._tall[pid]
+        mask = self._masks.get(pid, SubModelSpec())
+        return pid, covering_spec(self.layout, self._groups, capability, mask, wanted)
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+
+    def _client_weight(self, entry: Entry, report: Report, held: SubModelSpec, staleness: int) -> float:
+        rule = self.config.client_weight
+        if rule == "uniform":
+            return 1.0
+        if rule == "polynomial":
+            return float(report.num_examples * (1 + staleness) ** -0.5)
+        if rule == "samples":
+            return self.weigh(report, staleness)
+        now = self._extract(self.progress.state, held)
+        step = l1_distance(now, report.state)
+        drift = l1_distance(now, self.sent_state(entry, held)) if staleness else 0.0
+        # An answer that changed nothing still counts as somebody who holds its entries.
+        return max(co_s2p_weight(step, self._capabilities[entry.partition_id].rate, drift), 1e-12)
+
+    def _missed_blocks(self, merged: AggregateResult) -> str:
+        blocks = {self.layout.block_of(key) for key, holders in merged.holders.items() if float(holders.min()) == 0}
+        names = {b: "the shared part" if b is None else self.layout.blocks[b].name for b in blocks}
+        return ", ".join(names[b] for b in sorted(names, key=lambda b: -1 if b is None else b))

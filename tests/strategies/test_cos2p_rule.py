@@ -1,0 +1,95 @@
+"""Budgets, weights and coverage of Co-S2P, by hand and against formulas written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruning.capability import Capability, inner_groups, sub_model_at
+from pruning.spec import FULL, SubModelSpec
+from strategies.cos2p_rule import (
+    Budget,
+    Coverage,
+    co_s2p_weight,
+    covering_spec,
+    l1_distance,
+    parse_budgets,
+)
+from tests.vits import small
+from wire.flat import ConfigError
+
+
+@pytest.fixture(scope="module")
+def vit():
+    model, layout = small(10, 3, 32, exits=True)
+    return layout, inner_groups(layout, {key: tuple(t.shape) for key, t in model.state_dict().items()})
+
+
+def test_budgets_are_rates_bytes_or_shares_of_a_device():
+    assert parse_budgets("0.25,1, .5") == (Budget(1.0), Budget(0.5), Budget(0.25))
+    assert parse_budgets("800MB,2GiB") == (Budget(memory_bytes=2 * 2**30), Budget(memory_bytes=800e6))
+    assert parse_budgets("device:0.5") == (Budget(device_share=0.5),)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "1.5", "half", "1,", "-1", "2GiB,0.5", "device:2", "device:0.5,1", "0MB", "1e9", "device:1GB"]
+)
+def test_budgets_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match="budgets: got"):
+        parse_budgets(text)
+
+
+@given(step=st.floats(0, 1e6), rate=st.floats(0.01, 1), drift=st.floats(0, 1e6), further=st.floats(0.01, 1e3))
+def test_a_client_weight_grows_with_the_step_and_falls_with_rate_and_drift(step, rate, drift, further):
+    weight = co_s2p_weight(step, rate, drift)
+    assert weight == pytest.approx((step / rate) / (drift + 1), rel=1e-12, abs=1e-300)
+    assert co_s2p_weight(step, rate, drift + further) <= weight
+    assert co_s2p_weight(step + further, rate, drift) >= weight
+
+
+def test_distances_are_sums_over_floating_point_entries():
+    first = {"w": torch.tensor([[1.0, -2.0]]), "n": torch.tensor(3)}
+    second = {"w": torch.tensor([[0.5, 1.0]]), "n": torch.tensor(9)}
+    assert l1_distance(first, second) == 3.5
+
+
+def test_coverage_remembers_when_each_unit_was_last_merged(vit):
+    layout, groups = vit
+    coverage = Coverage(layout, groups)
+    assert coverage.starved(0)[1] == 4
+    coverage.note(FULL, 1)
+    assert coverage.starved(0) == ({}, 0)
+    assert coverage.starved(1)[1] == 4
+    coverage.note(SubModelSpec.of({"block0.mlp": range(3, 128), "block1.heads": [1, 2]}, depth=2), 2)
+    units, depth = coverage.starved(1)
+    assert depth == 4
+    assert units["block0.mlp"].tolist() == [0, 1, 2]
+    assert units["block1.heads"].tolist() == [0, 3]
+    assert units["block2.heads"].tolist() == [0, 1, 2, 3]
+    assert "block0.heads" not in units
+    coverage.note(FULL, 3)
+    again = Coverage(layout, groups)
+    again.restore(coverage.export())
+    assert again.export() == coverage.export()
+    coverage.note(SubModelSpec.of({"block1.mlp": range(1, 128)}), 4)
+    assert coverage.starved(3) == ({"block1.mlp": pytest.approx(np.array([0]))}, 2)
+
+
+def test_whoever_rotates_holds_what_is_wanted_first_and_no_more_than_its_size(vit):
+    layout, groups = vit
+    capability = Capability(2, 0.5, 0.5)
+    own = sub_model_at(layout, groups, 2, 0.5)
+    wanted = {"block0.mlp": np.array([100, 127]), "block1.heads": np.array([3]), "block3.heads": np.array([0])}
+    spec = covering_spec(layout, groups, capability, own, wanted)
+    assert spec.depth == 2
+    assert spec.widths(layout) == {**own.widths(layout)}
+    assert spec.units["block0.mlp"] == (*range(62), 100, 127)
+    assert spec.units["block1.heads"] == (0, 3)
+    assert spec.units["block0.heads"] == own.units["block0.heads"]
+    tall = covering_spec(layout, groups, Capability(4, 1.0, 0.25), own, wanted)
+    assert tall.depth is None
+    assert tall.units["block3.heads"] == (0,)
+    assert tall.units["block0.mlp"] == (*range(30), 100, 127)
