@@ -32,14 +32,15 @@ class BanditParams:
     max_pruning_rate : rates lie in [0, this).
     granularity : regions at most this wide are not split any more.
     discount : of a reward per further trial of the same client, in (0, 1]: devices change.
-    exploration : xi of the padding ``sqrt(xi log n / n_j)``; 2 as in UCB1.
+    exploration : xi of the padding ``sqrt(xi log n / n_j)``. UCB1 has 2; rewards here have a sharp peak and a low mean,
+        and an agent gets one trial a round: with 2 it does not learn in 400 rounds (docs/decisions/0011).
     min_gap : least distance from the mean update time that a reward is divided by, as a share of the mean.
     """
 
     max_pruning_rate: float = 0.8
     granularity: float = 0.1
-    discount: float = 0.98
-    exploration: float = 2.0
+    discount: float = 0.995
+    exploration: float = 0.02
     min_gap: float = 0.05
 
     def __post_init__(self) -> None:
@@ -79,14 +80,15 @@ def region_bounds(agent: RateAgent, params: BanditParams) -> list[float]:
     """Upper confidence bound of every region; infinite where nothing was tried.
 
     ``n_j = sum_s lambda^(k - s) [rate_s in region j]``, ``R_j`` the mean of its rewards under the same weights, divided
-    by the largest reward so far; ``U_j = R_j + sqrt(xi log(sum_j n_j) / n_j)``.
+    by the largest discounted reward and at most 1; ``U_j = R_j + sqrt(xi log(sum_j n_j) / n_j)``.
     """
-    scale = max((abs(reward) for _, reward in agent.trials), default=0.0) or 1.0
+    trials = [(rate, worth, params.discount**age) for age, (rate, worth) in enumerate(reversed(agent.trials))]
+    scale = max((share * worth for _, worth, share in trials), default=0.0) or 1.0  # losses fall ever less: it fades
     counts, sums = [0.0] * (len(agent.edges) - 1), [0.0] * (len(agent.edges) - 1)
-    for age, (rate, reward) in enumerate(reversed(agent.trials)):
+    for rate, worth, share in trials:
         region = region_of(agent, rate)
-        counts[region] += params.discount**age
-        sums[region] += params.discount**age * reward / scale
+        counts[region] += share
+        sums[region] += share * min(1.0, worth / scale)
     padding = params.exploration * math.log(max(1.0, sum(counts)))
     return [s / n + math.sqrt(padding / n) if n else math.inf for n, s in zip(counts, sums, strict=True)]
 
@@ -105,11 +107,11 @@ def choose_rate(agent: RateAgent, params: BanditParams, rng: np.random.Generator
 
 
 def learn(agent: RateAgent, params: BanditParams, rate: float, reward: float) -> RateAgent:
-    """The agent after one more trial; its region is split at ``rate`` if it is wider than the granularity."""
+    """The agent after one more trial; its region is split at ``rate``, unless it or a part of it is too narrow."""
     trials = (*agent.trials, (rate, reward))[-MAX_TRIALS:]
     region = region_of(agent, rate)
     low, high = agent.edges[region], agent.edges[region + 1]
-    if high - low <= params.granularity or not low < rate < high:
+    if high - low <= params.granularity or min(rate - low, high - rate) < params.granularity / 10:
         return replace(agent, trials=trials)
     return RateAgent((*agent.edges[: region + 1], rate, *agent.edges[region + 1 :]), trials)
 

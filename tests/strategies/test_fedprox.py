@@ -18,7 +18,7 @@ DRIFTING = [Parabola(1.0, 0.0, 5), Parabola(4.0, 1.0, 5)]
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_without_a_leash_on_levels_it_is_heterofl_to_the_bit(model, tmp_path):
-    levels = {"num_clients": 6, "num_rounds": 3, "model.name": model, "data.partition": "dirichlet:0.5"}
+    levels = {"num_clients": 6, "num_rounds": 2, "model.name": model, "data.partition": "dirichlet:0.5"}
     tiny_run(tmp_path / "a", strategy="fedprox", **levels, fedprox__mu=0.0, fedprox__rates="1,0.5,0.25")
     tiny_run(tmp_path / "b", strategy="heterofl", **levels, heterofl__mask_missing_labels=False)
     assert equal_states(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
