@@ -26,7 +26,7 @@ PARAMS = BanditParams(max_pruning_rate=0.8, granularity=0.1, discount=0.5, explo
 
 
 def test_bounds_by_hand():
-    """Three trials, newest last, discount 1/2: n = (1/2, 1/4 + 1), scale 4/2, R = (min(1, 4/2), (1/4 * 2/2) / (5/4))."""
+    """Three trials, discount 1/2: n = (1/2, 1/4 + 1), scale 4/2, R = (min(1, 4/2), (1/4 * 2/2) / (5/4))."""
     agent = RateAgent((0.0, 0.4, 0.8), ((0.5, 2.0), (0.1, 4.0), (0.7, 0.0)))
     padding = 2 * math.log(1.75)
     expected = [1 + math.sqrt(padding / 0.5), 0.25 / 1.25 + math.sqrt(padding / 1.25)]
