@@ -10,7 +10,9 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from reporting.rows import Merge
 from reporting.style import AMOUNT, BLUE, GREEN, INK, MUTED, SKY, SURFACE, clean, hide_grid, render
+from reporting.summary import coverage_gaps
 from reporting.units import format_percent
 from reporting.view import Picture, View, format_axis, make_figure, set_client_ticks, set_legend_above
 
@@ -130,6 +132,7 @@ def draw_coverage(view: View) -> Picture | None:
     note = f"At most {format_percent(most, 2)} of the entries were held by nobody in one merge; they kept their value."
     if not most:
         note = "Every entry was held by somebody in every merge." if uncovered else ""
+    note += _evenness(merges[-1])
     if len(parts) < len(means):
         note += " +N stands for N more parts with the same figures."
     if len(worst) < len(parts):
@@ -139,6 +142,19 @@ def draw_coverage(view: View) -> Picture | None:
         render(figure, "coverage", "Coverage of the model", "N* per merge and the least covered groups."),
         note.strip(),
     )
+
+
+def _evenness(row: Merge) -> str:
+    """Whether all entries of a tensor were covered alike in all merges so far."""
+    gaps = coverage_gaps(row)
+    if not gaps:
+        return ""
+    key, least, gap = gaps[0]
+    if gap < 1e-6:
+        return " To date every entry was held as often as any other of its tensor."
+    most = format_percent(least + gap)
+    span = f"{format_percent(least)} to {most}"
+    return f" To date the entries of {clean(key, 40)} differ most: {span} of all answers held them."
 
 
 def draw_labels(view: View) -> Picture | None:

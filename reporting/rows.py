@@ -77,7 +77,11 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Merge:
-    """One change of the global model. ``coverage``: group or key -> mean share of the merged clients that hold it."""
+    """One change of the global model.
+
+    ``coverage``: group or key -> mean share of the merged clients that hold it. ``coverage_least``, ``coverage_most``:
+    key -> share of all answers merged so far that held its least and its most covered entry.
+    """
 
     server_round: int
     time_s: float
@@ -86,6 +90,8 @@ class Merge:
     n_star: float | None = None
     uncovered_ratio: float | None = None
     coverage: Mapping[str, float] = field(default_factory=dict)
+    coverage_least: Mapping[str, float] = field(default_factory=dict)
+    coverage_most: Mapping[str, float] = field(default_factory=dict)
     merge_cpu_s: float = 0.0
     wall_s: float = 0.0
     line: int = 0

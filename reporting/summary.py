@@ -11,7 +11,7 @@ from typing import Any
 
 from reporting.curve import Point, accuracy_curve, first_reaching, primary_where
 from reporting.log import RunLog
-from reporting.rows import Arrival, ClientInfo, Evaluation
+from reporting.rows import Arrival, ClientInfo, Evaluation, Merge
 from reporting.waiting import Closing, Wait, find_waits
 from reporting.write import write_json
 
@@ -119,12 +119,24 @@ def _costs(log: RunLog) -> dict[str, Any]:
 def _coverage(log: RunLog) -> dict[str, Any]:
     stars = [row.n_star for row in log.merges if row.n_star is not None]
     uncovered = [row.uncovered_ratio for row in log.merges if row.uncovered_ratio is not None]
+    gaps = coverage_gaps(log.merges[-1]) if log.merges else []
     return {
         "n_star_min": min(stars) if stars else None,
         "n_star_median": median(stars) if stars else None,
         "n_star_final": stars[-1] if stars else None,
         "uncovered_ratio_max": max(uncovered) if uncovered else None,
+        "coverage_gap": gaps[0][2] if gaps else None,
     }
+
+
+def coverage_gaps(row: Merge) -> list[tuple[str, float, float]]:
+    """(key, share of all answers that held its least covered entry, gap to its most covered one), widest gap first."""
+    found = [
+        (key, least, row.coverage_most[key] - least)
+        for key, least in row.coverage_least.items()
+        if key in row.coverage_most
+    ]
+    return sorted(found, key=lambda item: (-item[2], item[0]))
 
 
 def write_summary(log: RunLog, folder: str | Path, targets: Sequence[float] = TARGETS) -> Path:

@@ -18,7 +18,8 @@ from strategies.setting import Progress
 from wire.grid import spec_from_json, spec_to_json
 from wire.message import Failure, Report
 
-FORMAT = 2
+FORMAT = 3
+SCALARS = ("server_round", "global_version", "now_s", "next_dispatch", "num_merged")
 
 
 class CheckpointError(ValueError):
@@ -39,11 +40,12 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     held = [_arrival_to_plain(arrival) for arrival in progress.held]
-    scalars = {name: getattr(progress, name) for name in ("server_round", "global_version", "now_s", "next_dispatch")}
+    scalars = {name: getattr(progress, name) for name in SCALARS}
     content = {
         "format": FORMAT,
         "state": progress.state,
         "mean_square": progress.mean_square,
+        "holders": progress.holders,
         "held_tensors": [
             {name: dict(getattr(arrival.answer, name, {})) for name in ("state", "companions")}
             for arrival in progress.held
@@ -102,13 +104,11 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         raise CheckpointError(f"resume: {path} has format {found_format}, this version reads {FORMAT}")
     progress = Progress(
         state=content["state"],
-        server_round=plain["server_round"],
-        global_version=plain["global_version"],
-        now_s=plain["now_s"],
-        next_dispatch=plain["next_dispatch"],
+        **{name: plain[name] for name in SCALARS},
         last_dispatch={int(pid): dispatch for pid, dispatch in plain["last_dispatch"].items()},
         clocks={int(pid): clock for pid, clock in plain["clocks"].items()},
         mean_square=content["mean_square"],
+        holders=content["holders"],
         held=[_arrival_from_plain(raw, own) for raw, own in zip(plain["held"], content["held_tensors"], strict=True)],
     )
     return progress, content["own"], plain["config"], plain["num_rows"]

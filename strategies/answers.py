@@ -174,9 +174,14 @@ def combined_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def merge_row(
-    merged: AggregateResult, server_round: int, global_version: int, time_s: float, cpu_s: float
+    merged: AggregateResult,
+    to_date: tuple[dict[str, float], dict[str, float]],
+    server_round: int,
+    global_version: int,
+    time_s: float,
+    cpu_s: float,
 ) -> dict[str, Any]:
-    """What the event log keeps of one merge."""
+    """What the event log keeps of one merge; ``to_date`` is the coverage of all merges so far (``pruning.tally``)."""
     return {
         "event": "merge",
         "server_round": server_round,
@@ -186,5 +191,7 @@ def merge_row(
         "n_star": merged.n_star,
         "uncovered_ratio": merged.uncovered_ratio,
         "coverage": {key: mean / merged.num_merged for key, mean in merged.mean_holders().items()},
+        "coverage_least": to_date[0],
+        "coverage_most": to_date[1],
         "merge_cpu_s": cpu_s,
     }

@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pruning.extract import extract
 from pruning.merge import AggregateResult, MaskedMean, is_finite
 from pruning.spec import FULL, SubModelSpec
+from pruning.tally import add_holders, extremes
 from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row, rebase
 from strategies.asking import choose
 from strategies.client_tests import ask_tests
@@ -279,8 +280,11 @@ class SubModelStrategy(Strategy):
             return 0
         progress.state = merged.state
         progress.global_version += 1
+        progress.num_merged += merged.num_merged
+        progress.holders = add_holders(progress.holders, merged.holders)
         cpu_s += time.process_time() - began
-        self.listen(merge_row(merged, server_round, progress.global_version, exchange.now_s, cpu_s))
+        to_date = extremes(progress.holders, progress.num_merged)
+        self.listen(merge_row(merged, to_date, server_round, progress.global_version, exchange.now_s, cpu_s))
         return self._num_merged
 
     def _refill(self, exchange: Exchange, server_round: int) -> None:

@@ -129,6 +129,8 @@ class Progress:
     held : answers that lie in the virtual future.
     clocks : each client's number of merged answers.
     mean_square : running mean of squared steps per entry, where steps are compensated for their delay.
+    num_merged : answers merged so far.
+    holders : how many of them held each entry; tensors broadcast against the entries.
     """
 
     state: dict[str, torch.Tensor]
@@ -140,6 +142,8 @@ class Progress:
     held: list[Arrival] = field(default_factory=list)
     clocks: dict[int, int] = field(default_factory=dict)
     mean_square: dict[str, torch.Tensor] = field(default_factory=dict)
+    num_merged: int = 0
+    holders: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 __all__ = ["Evaluator", "Listener", "LoopConfig", "Order", "Progress", "Setting", "staleness_weight"]

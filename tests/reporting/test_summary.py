@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from reporting.log import read_events
-from reporting.summary import summarise, write_summary
+from reporting.maps import _evenness
+from reporting.rows import Merge
+from reporting.summary import coverage_gaps, summarise, write_summary
 from reporting.waiting import find_waits
 
 MakeRun = Callable[..., Path]
@@ -134,3 +136,12 @@ def test_summary_json_is_strict_json_even_when_training_diverged(make_run: MakeR
 def test_a_run_that_was_killed_before_its_first_reply_still_has_a_summary(make_run: MakeRun) -> None:
     summary = summarise(read_events(make_run(rows=[{"event": "run", "strategy": "fedavg", "num_clients": 3}])))
     assert (summary["status"], summary["final_accuracy"], summary["total_time_s"]) == ("unfinished", None, 0.0)
+
+
+def test_coverage_to_date_is_summed_up_by_the_tensor_whose_entries_differ_most() -> None:
+    row = Merge(1, 2.0, coverage_least={"a": 0.5, "b": 0.0, "c": 1.0}, coverage_most={"a": 0.75, "b": 0.5, "c": 1.0})
+    assert coverage_gaps(row) == [("b", 0.0, 0.5), ("a", 0.5, 0.25), ("c", 1.0, 0.0)]
+    assert "entries of b differ most: 0.0 % to 50.0 % of all answers" in _evenness(row)
+    even = Merge(1, 2.0, coverage_least={"a": 0.5}, coverage_most={"a": 0.5})
+    assert "every entry was held as often as any other of its tensor" in _evenness(even)
+    assert _evenness(Merge(1, 2.0)) == ""

@@ -41,13 +41,21 @@ class Echo:
 
 
 def held_counts(folder: Path, num_rounds: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
-    """How often every entry of a small perceptron (8 and 8 hidden neurons) was held and merged."""
+    """How often every entry of a small perceptron (8 and 8 hidden neurons) was held and merged.
+
+    What the event log says about coverage to date is held against it.
+    """
     monkeypatch.setattr("server_app.run.get_model", lambda name, *sizes, **o: get_model(name, *sizes, hidden=(8, 8)))
     torch.manual_seed(0)
     before = get_model("mlp", 10, 1, 8, hidden=(8, 8))[0].state_dict()
     rows = tiny_run(folder, Echo(), num_rounds=num_rounds, **settings)
     assert len(select(rows, "merge")) == num_rounds
-    return {key: (tensor - before[key]).round() for key, tensor in final_state(folder).items()}
+    counts = {key: (tensor - before[key]).round() for key, tensor in final_state(folder).items()}
+    last = select(rows, "merge")[-1]
+    for key, count in counts.items():
+        assert last["coverage_least"][key] == float(count.min()) / num_rounds
+        assert last["coverage_most"][key] == float(count.max()) / num_rounds
+    return counts
 
 
 def test_over_a_cycle_every_unit_is_held_equally_often_and_heterofls_are_not(tmp_path, monkeypatch):
