@@ -27,7 +27,7 @@ need_private() {
 quiet_flower() {
     export FLWR_HOME="$1"
     export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
-    export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="${PRUNUS_POLL_S:-0.2}"
+    export FLWR_SUPEREXEC_TASK_POLL_INTERVAL="${PRUNUS_POLL_S:-0.5}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
     # the app's code comes from the bundle that Flower delivers, never from a checkout that happens to lie here
     unset PYTHONPATH

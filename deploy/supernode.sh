@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Starts a SuperNode: TLS and its own key, or nothing but loopback.
 set -euo pipefail
+home="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 # shellcheck source=deploy/common.sh
-source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
+source "$home/common.sh"
 
 usage() {
     cat <<'END'
@@ -15,6 +16,7 @@ Settings (environment, see env/supernode.env):
   PRUNUS_KEY           this device's private key, made by node-key.sh (required)
   PRUNUS_DATA          folder of the data sets on this device, or an .npz file: all of it is this device's share
   PRUNUS_MEMORY_BYTES  refuse sub-models that need more memory to train; unset: no limit
+  PRUNUS_POLL_S        seconds between two looks for work (0.5); Flower's own 3 s would be most of a short round
   PRUNUS_NODE_PORT     port of the node's own loopback service (9094); one for each SuperNode of a machine
 --insecure-loopback    no TLS and no key, for trials on one machine: any other address is refused
 END
@@ -52,4 +54,4 @@ else
     arguments+=(--root-certificates "$(realpath -- "$PRUNUS_CA")" --auth-supernode-private-key "$(realpath -- "$PRUNUS_KEY")")
 fi
 quiet_flower "$state"
-exec flower-supernode "${arguments[@]}"
+exec python3 -P "$home/supernode.py" "${arguments[@]}"

@@ -203,11 +203,12 @@ def _start_on_engine(launch: Launch, app_dir: Path) -> Outcome:
         state_dir=app_dir / ".flwr" / "runs",
         log_path=launch.run_dir / ENGINE_LOG,
         show=_show,
-        is_over=lambda: _has_end(launch.run_dir / EVENT_LOG),
+        is_over=lambda: has_end(launch.run_dir / EVENT_LOG),
     )
 
 
-def _has_end(path: Path) -> bool:
+def has_end(path: Path) -> bool:
+    """Whether an event log says that its run is over."""
     if not path.exists():
         return False
     with path.open("rb") as file:

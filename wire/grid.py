@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,9 +16,11 @@ from pruning.spec import FULL, SubModelSpec
 from wire.check import LIMITS, MAX_METRICS, MAX_NAME, Limits, WireError, check_head, to_tensor
 from wire.flat import from_flat, to_flat
 from wire.message import Failure, Instruction, Job, Report
+from wire.pack import Index, pack, unpack
 from wire.roster import HEAD, Roster, partition_record, push
 
 STATE, COMPANIONS, METRICS = "state", "companions", "metrics"
+BLOCK, INDEX = "block", "index"
 DAY_S = 86_400.0
 
 
@@ -67,9 +69,10 @@ def instruction_to_record(instruction: Instruction) -> RecordDict:
 def record_to_instruction(record: RecordDict) -> Instruction:
     """Flower records -> instruction."""
     head = _head(record)
+    tensors = _tensors(record, head.pop(INDEX))
     job = from_flat(Job, head.pop("job"))
     spec = spec_from_json(head.pop("spec")) or FULL
-    return Instruction(**head, job=job, spec=spec, **_tensors(record))
+    return Instruction(**head, job=job, spec=spec, **tensors)
 
 
 def report_to_record(report: Report) -> RecordDict:
@@ -91,17 +94,21 @@ def record_to_report(record: RecordDict, limits: Limits = LIMITS) -> Report:
         If it is larger than ``limits`` allow, or a field is missing, unknown or of another type.
     """
     check_size(record, limits)
-    head = check_head(_head(record))
+    head = _head(record)
+    index = head.pop(INDEX)
+    num_tensors = sum(len(items) for items in index.values() if isinstance(items, list))
+    if num_tensors > limits.max_reply_tensors:
+        raise WireError(f"message: {num_tensors} tensors, at most {limits.max_reply_tensors} allowed")
+    head = check_head(head)
     metrics = {k: float(v) for k, v in record[METRICS].items() if k != "num-examples" and isinstance(v, int | float)}
-    return Report(**(head | {"narrowed": spec_from_json(head["narrowed"])}), metrics=metrics, **_tensors(record))
+    return Report(**(head | {"narrowed": spec_from_json(head["narrowed"])}), metrics=metrics, **_tensors(record, index))
 
 
 def check_size(record: RecordDict, limits: Limits) -> None:
     """Raise ``WireError`` unless a message keeps within ``limits``; nothing is decoded."""
-    arrays = [array for name in (STATE, COMPANIONS) for _, array in _arrays(record, name)]
+    blocks = [_block(record, name) for name in (STATE, COMPANIONS) if name in record]
     found = {
-        "bytes of tensors": (sum(len(array.data) for array in arrays), limits.max_reply_bytes),
-        "tensors": (len(arrays), limits.max_reply_tensors),
+        "bytes of tensors": (sum(map(len, blocks)), limits.max_reply_bytes),
         "characters of text": (len(str(record[HEAD]["json"])), limits.max_reply_text),
         "metrics": (len(record[METRICS]), MAX_METRICS),
         "characters in the name of a metric": (max((len(name) for name in record[METRICS]), default=0), MAX_NAME),
@@ -116,30 +123,36 @@ def _plain(value: Any, without: set[str]) -> dict[str, Any]:
 
 
 def _record(message: Instruction | Report, head: Mapping[str, Any]) -> RecordDict:
-    return RecordDict(
-        {
-            STATE: ArrayRecord(dict(message.state)),
-            COMPANIONS: ArrayRecord(dict(message.companions)),
-            HEAD: ConfigRecord({"json": json.dumps(head)}),
-        }
-    )
+    index: dict[str, Index] = {}
+    records: dict[str, ArrayRecord] = {}
+    for name in (STATE, COMPANIONS):
+        tensors = getattr(message, name)
+        if tensors:
+            block, index[name] = pack(tensors)
+            records[name] = ArrayRecord({BLOCK: Array(block)})
+    return RecordDict({**records, HEAD: ConfigRecord({"json": json.dumps({**head, INDEX: index})})})
 
 
 def _head(record: RecordDict) -> dict[str, Any]:
     head: dict[str, Any] = json.loads(str(record[HEAD]["json"]))
+    if not isinstance(head, dict) or not isinstance(head.get(INDEX), dict):
+        raise WireError("message: its head is no table with an index of its tensors")
     return head
 
 
-def _tensors(record: RecordDict) -> dict[str, Any]:
+def _tensors(record: RecordDict, index: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of a message by field name."""
-    return {name: {key: to_tensor(array.data) for key, array in _arrays(record, name)} for name in (STATE, COMPANIONS)}
+    return {
+        name: unpack(to_tensor(_block(record, name)), index[name]) if name in index else {}
+        for name in (STATE, COMPANIONS)
+    }
 
 
-def _arrays(record: RecordDict, name: str) -> Iterable[tuple[str, Array]]:
-    arrays = record[name]
-    if not isinstance(arrays, ArrayRecord):
-        raise WireError(f"message: {name!r} is a {type(arrays).__name__}, expected an ArrayRecord")
-    return arrays.items()
+def _block(record: RecordDict, name: str) -> bytes:
+    arrays = record.get(name)
+    if not isinstance(arrays, ArrayRecord) or list(arrays) != [BLOCK]:
+        raise WireError(f"message: {name!r} is not one block of bytes")
+    return arrays[BLOCK].data
 
 
 # --- transport ------------------------------------------------------------------------------------------------------

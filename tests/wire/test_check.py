@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from wire.check import Limits, WireError, check_head, to_tensor
 from wire.flat import ConfigError
 from wire.grid import record_to_report, report_to_record
 from wire.message import Report
+from wire.pack import TYPES, pack, unpack
 
 REPORT = Report(3, 1, {"w": torch.arange(6.0).reshape(2, 3)}, 10, (4, 6), 1e9, 0.5, 77, {"loss": 0.3}, num_steps=2)
 
@@ -100,10 +102,57 @@ def test_a_valid_array_with_a_spoiled_header_is_read_or_refused(noise, at):
     ],
 )
 def test_a_reply_over_a_limit_is_refused_before_it_is_decoded(limits, what):
-    record = report_to_record(REPORT)
-    record["state"] = ArrayRecord({"w": Array("float32", (2,), "numpy.ndarray", b"x" * 90), "v": Array(np.zeros(2))})
+    record = report_to_record(replace(REPORT, state={"w": torch.zeros(3, 3), "v": torch.zeros(5)}))
     with pytest.raises(WireError, match=what):
         record_to_report(record, limits)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        None,
+        [],
+        [["w", "float32", [2, 4]]],
+        [["w", "float32", [2, 3]], ["w", "float32", [0]]],
+        [["w", "object", [6]]],
+        [["w", "float32", [-2, -3]]],
+        [["w", "float32", 6]],
+        [["w", "float32", [2**50, 0]]],
+        [[3, "float32", [2, 3]]],
+        ["w"],
+        "w",
+    ],
+)
+def test_an_index_that_is_not_of_the_bytes_that_came_is_refused(index):
+    with pytest.raises(WireError):
+        record_to_report(spoiled(index={"state": index}))
+
+
+@pytest.mark.parametrize("array", [np.zeros(24), np.zeros((2, 12), dtype=np.uint8)])
+def test_a_block_that_is_no_row_of_bytes_is_refused(array):
+    record = report_to_record(REPORT)
+    record["state"] = ArrayRecord({"block": Array(array)})
+    with pytest.raises(WireError, match="row of bytes"):
+        record_to_report(record)
+
+
+@pytest.mark.parametrize("dtype", TYPES.values())
+def test_tensors_of_every_type_come_back_in_order_and_with_memory_of_their_own(dtype):
+    state = {"b": torch.ones(2, 3).to(dtype), "a": torch.zeros((), dtype=dtype), "0": torch.zeros(0, 4, dtype=dtype)}
+    block, index = pack(state)
+    found = unpack(torch.from_numpy(block), json.loads(json.dumps(index)))
+    assert list(found) == list(state)
+    for key, tensor in state.items():
+        assert torch.equal(found[key], tensor)
+        assert found[key].dtype == dtype
+        assert found[key].untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_a_message_is_one_array_however_many_tensors_it_has():
+    """Each array costs round trips of its own in deployment."""
+    record = report_to_record(replace(REPORT, state={str(n): torch.zeros(2) for n in range(100)}))
+    assert [len(record[name]) for name in record if name == "state"] == [1]
+    assert "companions" not in record
 
 
 @pytest.mark.parametrize("metrics", [{f"m{n}": 1.0 for n in range(1001)}, {"x" * 201: 1.0}])
