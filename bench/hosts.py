@@ -215,9 +215,11 @@ class Federation:
             raise HostError(f"SuperNode {name} has no id: {self.nodes[name].text()[-2000:]}")
         return int(found[-1])
 
-    def submit(self, run_dir: Path, *tokens: str, num_attempts: int = 1) -> Process:
-        """Start a run; its own words go to ``RUN_DIR.log``."""
-        command = [sys.executable, "-m", "server_app.submit", CONNECTION, f"--attempts={num_attempts}"]
+    def submit(self, run_dir: Path, *tokens: str, num_attempts: int = 1, app_dir: Path = ROOT) -> Process:
+        """Start a run of the app in ``app_dir``; its own words go to ``RUN_DIR.log``."""
+        start = "import sys, pathlib; from server_app.submit import main; "
+        start += "sys.exit(main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+        command = [sys.executable, "-u", "-c", start, str(app_dir), CONNECTION, f"--attempts={num_attempts}"]
         log = run_dir.with_name(run_dir.name + ".log")
         run = Process([*command, f"run-dir={run_dir}", *tokens], log, self.environment, ROOT)
         self.runs.append(run)

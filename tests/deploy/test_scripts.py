@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.hosts import free_port
 from server_app.launch import LaunchError
 from server_app.submit import main, read
 
@@ -197,7 +198,7 @@ def test_the_gate_is_a_configuration_that_nginx_accepts(certificates, tmp_path):
     for name, value in {
         "STATE": tmp_path / "state",
         "CERTIFICATES": certificates,
-        "LISTEN": "127.0.0.1:0",
+        "LISTEN": f"127.0.0.1:{free_port()}",
         "SUPERLINK": "127.0.0.1:1",
     }.items():
         text = text.replace(f"@{name}@", str(value))
