@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruning.gates import GateError, attach
 from pruning.groups import Layout
 from pruning.prove import prove
 from pruning.trace import traced_layout
@@ -73,7 +74,8 @@ def get_model(
     num_classes : number of logits.
     in_channels : channels of an image.
     image_size : height and width of an image, pixels.
-    options : of the model, such as ``width=0.5`` or ``exits=True``.
+    options : of the model, such as ``width=0.5`` or ``exits=True``; ``gates=True`` puts a gate on every layer that can
+        have one (``pruning.gates``), on any model.
 
     Returns
     -------
@@ -92,6 +94,12 @@ def get_model(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelError(f"model {name!r}: {what} must be a positive integer, got {value!r}")
     sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    if options.pop("gates", False):
+        model, layout = get_model(name, num_classes, in_channels, image_size, **options)
+        try:
+            return attach(model, layout, (in_channels, image_size, image_size))
+        except GateError as error:
+            raise ModelError(f"model {name!r}: {error}") from error
     if name in ZOO:
         _check_options(name, ZOO[name], options)
         try:

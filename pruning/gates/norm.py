@@ -1,0 +1,168 @@
+"""Batch normalisation of gated units, the gates multiplied in: one pass forward, two backward.
+
+The statistics of a unit are those of the samples that it won for; only their activations exist. With statistics fixed,
+``gate * (scale * (y - mean) / std + shift)`` is one multiply-add with a factor and a term per sample and unit, so that
+gates cost nothing beside the normalisation.
+
+B samples, K winners per sample, C units held; N_c activations of unit c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning.gates.gate import Winners
+
+
+def momentum_of(norm: nn.BatchNorm2d) -> float:
+    """Share of the new statistics in the running ones; counts the batch, as ``nn.BatchNorm2d.forward`` does."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # cumulative mean
+            return 1.0 / float(norm.num_batches_tracked)
+    assert norm.momentum is not None
+    return norm.momentum
+
+
+def compact_norm(norm: nn.BatchNorm2d, y: Tensor, winners: Winners, values: Tensor | None) -> Tensor:
+    """Normalise compact activations.
+
+    Parameters
+    ----------
+    y : [B, K, height, width], the channels of each sample those of its winners.
+    values : gates [B, K] to multiply with; None for none.
+    """
+    parts = [part for part in winners.parts if part is not None]
+    rows = winners.positions()
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    if norm.training:
+        return _Normalise.apply(y, norm.weight, norm.bias, values, norm, parts, winners.sizes, rows)
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    factor, term = _spread(scale, norm.bias - norm.running_mean * scale, values, parts, rows)
+    return torch.addcmul(term[:, :, None, None], y, factor[:, :, None, None])
+
+
+def _spread(
+    scale: Tensor, shift: Tensor, values: Tensor | None, parts: Sequence[Tensor], rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Factor and term of every sample and winner, [B, K], or [1, K] where all samples share both."""
+    rows = parts[0][None] if len(parts) == 1 else rows
+    factor, term = scale[rows], shift[rows]
+    return (factor, term) if values is None else (factor * values, term * values)
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalisation by the batch's own statistics, times gates."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        values: Tensor | None,
+        norm: nn.BatchNorm2d,
+        parts: Sequence[Tensor],
+        sizes: Sequence[int],
+        rows: Tensor,
+    ) -> Tensor:
+        mean, var, count = _statistics(y, parts, sizes, weight)
+        _update_running(norm, mean, var, count)
+        inverse = (var + norm.eps).rsqrt()
+        scale = weight * inverse
+        factor, term = _spread(scale, bias - mean * scale, values, parts, rows)
+        ctx.save_for_backward(y, weight, bias, values, mean, inverse, count, factor, rows)
+        return torch.addcmul(term[:, :, None, None], y, factor[:, :, None, None])
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        y, weight, bias, values, mean, inverse, count, factor, rows = ctx.saved_tensors
+        area = y.shape[2] * y.shape[3]
+        sum_dz, sum_dzy = dz.mean((2, 3)).mul_(area), (dz * y).mean((2, 3)).mul_(area)  # [B, K]
+        inverse_k, mean_k = inverse[rows], mean[rows]
+        centred = (sum_dzy - mean_k * sum_dz) * inverse_k  # sums of dz * normalised y
+        flat = rows.reshape(-1)
+        weighed = (sum_dz, centred) if values is None else (sum_dz * values, centred * values)
+        d_bias, d_weight = (torch.zeros_like(weight).index_add_(0, flat, part.reshape(-1)) for part in weighed)
+        d_values = None if values is None else centred * weight[rows] + sum_dz * bias[rows]
+        # d y = scale * (du - mean(du) - u mean(du u)), u the normalised y, du = gate * dz
+        safe = count.clamp(min=1)
+        scale = weight * inverse
+        by_y = -(scale * inverse * d_weight / safe)
+        constant = -(scale * d_bias / safe) - by_y * mean
+        picked = rows[:1] if factor.shape[0] == 1 or _is_shared(rows) else rows
+        d_y = torch.addcmul(constant[picked][:, :, None, None], y, by_y[picked][:, :, None, None])
+        d_y.addcmul_(dz, factor[:, :, None, None])
+        return d_y, d_weight, d_bias, d_values, None, None, None, None
+
+
+def _is_shared(rows: Tensor) -> bool:
+    """Whether all samples have the same winners by construction (one part expanded)."""
+    return rows.stride(0) == 0
+
+
+def _statistics(
+    y: Tensor, parts: Sequence[Tensor], sizes: Sequence[int], like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of activations of every unit, [C]; 0, 1 and 0 where there are none."""
+    area = y.shape[2] * y.shape[3]
+    total, square, count = (torch.zeros_like(like) for _ in range(3))
+    for part, block in zip(parts, y.split(list(sizes)), strict=True):
+        mean, var = _moments(block)
+        num = block.shape[0] * area
+        total.index_add_(0, part, mean, alpha=num)
+        square.index_add_(0, part, var + mean * mean, alpha=num)
+        count.index_add_(0, part, torch.full_like(mean, num))
+    if len(parts) == 1:  # exact: no difference of large numbers
+        full_mean, full_var = torch.zeros_like(like), torch.ones_like(like)
+        return full_mean.index_copy_(0, part, mean), full_var.index_copy_(0, part, var), count
+    safe = count.clamp(min=1)
+    mean = total / safe
+    var = torch.where(count > 0, (square / safe - mean * mean).clamp(min=0), torch.ones_like(like))
+    return mean, var, count
+
+
+def _moments(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel of [n, K, height, width]."""
+    if block.device.type == "cpu":
+        mean, var = torch.batch_norm_update_stats(block, None, None, 0.0)
+        return mean, var
+    var, mean = torch.var_mean(block, (0, 2, 3), unbiased=False)
+    return mean, var
+
+
+def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Move the running statistics of the units that there are activations of; the others' stay."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    momentum, is_seen = momentum_of(norm), count > 0
+    unbiased = var * count / (count - 1).clamp(min=1)
+    norm.running_mean.copy_(torch.where(is_seen, norm.running_mean.lerp(mean, momentum), norm.running_mean))
+    norm.running_var.copy_(torch.where(is_seen, norm.running_var.lerp(unbiased, momentum), norm.running_var))
+
+
+def masked_norm(norm: nn.BatchNorm2d, y: Tensor, winners: Winners, values: Tensor | None) -> Tensor:
+    """The same on full activations [B, C, height, width], in plain operations: what the compact form is held to."""
+    num_units = y.shape[1]
+    mask = winners.mask(num_units)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, var = norm.running_mean, norm.running_var
+    if norm.training:
+        weight = mask[:, :, None, None].to(y.dtype)
+        count = mask.sum(0) * (y.shape[2] * y.shape[3])
+        safe = count.clamp(min=1)
+        mean = (y * weight).sum((0, 2, 3)) / safe
+        var = (((y - mean[:, None, None]) * weight) ** 2).sum((0, 2, 3)) / safe
+        var = torch.where(count > 0, var, torch.ones_like(var))
+        with torch.no_grad():
+            _update_running(norm, mean.detach(), var.detach(), count.to(y.dtype))
+    normalised = (y - mean[:, None, None]) * (var + norm.eps).rsqrt()[:, None, None]
+    z = normalised * norm.weight[:, None, None] + norm.bias[:, None, None]
+    held = mask.to(y.dtype) if values is None else winners.dense_values(num_units)
+    return z * held[:, :, None, None]
