@@ -33,6 +33,12 @@ def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> l
     return parts
 
 
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """How many batches an epoch has."""
+    full, rest = divmod(num_examples, batch_size)
+    return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
+
+
 def flip_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of the images [batch, channels, height, width] and shift all by up to an eighth."""
     flips = torch.rand(len(x), generator=generator) < 0.5

@@ -149,6 +149,7 @@ def build_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, in
     """The full model with fresh weights, and its layout."""
     options: dict[str, Any] = {} if config.width == 1 else {"width": config.width}
     options |= {"exits": True} if config.exits else {}
+    options |= {"gates": True} if config.gates else {}
     return get_model(config.name, num_classes, shape[0], shape[1], **options)
 
 
@@ -217,7 +218,7 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
         objective.correct()
         if config.max_grad_norm:
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
+        objective.step(optimizer)
         total_loss += float(loss.detach()) * len(y)
         num_correct += int((logits.argmax(1) == y).sum())
         num_seen += len(y)

@@ -187,6 +187,7 @@ def make_model(config: Config, num_classes: int, shape: tuple[int, ...]) -> tupl
     """The full model of a run, with fresh weights, and its layout."""
     options: dict[str, Any] = {} if config.run.model.width == 1 else {"width": config.run.model.width}
     options |= {"exits": True} if config.run.model.exits else {}
+    options |= {"gates": True} if config.run.model.gates else {}
     return get_model(config.run.model.name, num_classes, shape[0], shape[1], **options)
 
 

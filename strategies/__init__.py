@@ -1,6 +1,7 @@
 """One short file per method, and the event loop they share."""
 
 from strategies.adaptcl import AdaptCL
+from strategies.adp import ADP
 from strategies.base import SubModelStrategy
 from strategies.cos2p import CoS2P
 from strategies.dc_asgd import DCASGD
@@ -35,6 +36,7 @@ STRATEGIES: dict[str, type[SubModelStrategy]] = {
         HeteroFL,
         AdaptCL,
         CoS2P,
+        ADP,
         FedMP,
         FjORD,
         FedRolex,
@@ -54,6 +56,7 @@ LOOPS: dict[str, type[SubModelStrategy]] = {name: kind for name, kind in STRATEG
 """Those that are a way to run the loop, by the name that ``loop.preset = ...`` takes as well."""
 
 __all__ = [
+    "ADP",
     "DCASGD",
     "FIARSE",
     "LOOPS",

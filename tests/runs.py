@@ -31,6 +31,7 @@ TINY: dict[str, Any] = {
 
 OWN: dict[str, dict[str, Any]] = {
     "cos2p": {"cos2p.quorum-ratio": 0.0, "cos2p.mask-epochs": 2},  # waits for all unless told otherwise
+    "adp": {"model.gates": True, "adp.warmup-rounds": 1, "adp.ramp-rounds": 1},
     "only-capable": {"only-capable.share": 1.0},  # so that as many clients answer as with other methods
     "fedbuff": {"fedbuff.buffer": 3},
     "depthfl": {"model.exits": True, "depthfl.ramp-up-rounds": 3},

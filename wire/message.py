@@ -22,11 +22,13 @@ class ModelConfig:
     name : zoo name, ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``.
     width : multiplies every width, > 0 (zoo models).
     exits : with exit heads at a quarter, half, three quarters and all of the depth (zoo models that have them).
+    gates : with a gate on every layer that can have one (ADP's dynamic pruning; models with convolutions).
     """
 
     name: str = "cnn"
     width: float = 1.0
     exits: bool = False
+    gates: bool = False
 
     def __post_init__(self) -> None:
         """Check every range."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+VELOCITY = "momentum_buffer"
+"""Name of what is remembered of a parameter, as in ``torch.optim``."""
+
 
 class Optimizer(Protocol):
     """What training needs of an optimiser."""
+
+    @property
+    def state(self) -> Any:
+        """What it remembers: parameter -> name -> tensor; a parameter never moved may be missing."""
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -33,7 +40,7 @@ class SGD:
     ) -> None:
         self.parameters, self.lr, self.momentum = list(parameters), lr, momentum
         self.nesterov, self.weight_decay = nesterov, weight_decay
-        self._velocity: dict[int, Tensor] = {}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -43,16 +50,17 @@ class SGD:
     @torch.no_grad()
     def step(self) -> None:
         """One step; the order of operations is that of ``torch.optim``, so that the result is the same."""
-        for index, parameter in enumerate(self.parameters):
+        for parameter in self.parameters:
             if parameter.grad is None:
                 continue
             direction = parameter.grad
             if self.weight_decay:
                 direction = direction.add(parameter, alpha=self.weight_decay)
             if self.momentum:
-                if index in self._velocity:
-                    velocity = self._velocity[index].mul_(self.momentum).add_(direction)
+                memory = self.state.setdefault(parameter, {})
+                if VELOCITY in memory:
+                    velocity = memory[VELOCITY].mul_(self.momentum).add_(direction)
                 else:
-                    velocity = self._velocity[index] = direction.clone()
+                    velocity = memory[VELOCITY] = direction.clone()
                 direction = direction.add(velocity, alpha=self.momentum) if self.nesterov else velocity
             parameter.add_(direction, alpha=-self.lr)

@@ -14,6 +14,8 @@ from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.drift import proximal, variates
 from client_app.objectives.exit_choice import exit_choice
+from client_app.objectives.gated import gated
+from client_app.objectives.magnitude import magnitude
 from client_app.objectives.masks import mask_learning
 from client_app.objectives.nested import nested
 from client_app.objectives.ordered_dropout import ordered_dropout
@@ -26,6 +28,7 @@ OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
     "cross-entropy": cross_entropy,
     "deepest-teaches": deepest_teaches,
     "exits": exits,
+    "gated": gated,
     "mask-learning": mask_learning,
     "mutual": mutual,
     "nested": nested,
@@ -34,6 +37,7 @@ OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
 """Every base by the name that instructions use."""
 
 CORRECTIONS: Mapping[str, Callable[[Task, Objective], Objective]] = {
+    "magnitude": magnitude,
     "proximal": proximal,
     "exit-choice": exit_choice,
     "sparse": sparse,

@@ -14,6 +14,7 @@ from pruning.groups import Layout
 from pruning.spec import SubModelSpec
 from wire.flat import Scalar
 from wire.message import State, TrainConfig
+from wire.sgd import Optimizer
 
 
 class ObjectiveError(ValueError):
@@ -116,6 +117,7 @@ class Objective:
     narrowed : what of the full model ``model`` is, where the base chose a part of it before training.
     kept_bytes : of the tensors that are kept through training beside the model (anchors, variates).
     correct : changes the gradients between the backward pass and the step.
+    step : makes the optimiser's step, after all corrections.
     finish : told the number of steps made, says what there is to say.
     train : trains in a way of its own (own optimiser, own steps) instead of the handler's loop over all batches.
     examine : tests in a way of its own; the metrics, and what the server needs to finish the test.
@@ -130,6 +132,7 @@ class Objective:
     narrowed: SubModelSpec | None = None
     kept_bytes: int = 0
     correct: Callable[[], None] = lambda: None
+    step: Callable[[Optimizer], object] = lambda optimizer: optimizer.step()
     finish: Callable[[int], Findings] = lambda num_steps: Findings()
     train: Callable[[Examples], Fitted] | None = None
     examine: Callable[[Examples], Findings] | None = None

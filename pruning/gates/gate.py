@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Winners:
     sizes : samples of each part of the batch, in order.
     parts : winners of each part, sorted positions among the held units, int64 [K]; ``[None]``: all units win.
     values : gates of the winners, at least the floor, [B, K].
-    gates : of all units of the full layer, [B, C], without gradient.
+    gates : of all units of the full layer, [B, C].
     """
 
     sizes: tuple[int, ...]
@@ -40,10 +41,16 @@ class Winners:
     gates: Tensor
 
     @property
+    def is_shared(self) -> bool:
+        """Whether the whole batch has the same winners."""
+        return len(self.parts) == 1
+
+    @property
     def is_everybody(self) -> bool:
         """Whether all units win, so that nothing is gathered."""
         return self.parts[0] is None
 
+    @cached_property
     def positions(self) -> Tensor:
         """Winners of every sample, int64 [B, K]."""
         return rows_of([part for part in self.parts if part is not None], self.sizes)
@@ -53,13 +60,13 @@ class Winners:
         if self.is_everybody:
             return torch.ones(len(self.values), num_units, dtype=torch.bool, device=self.values.device)
         blank = torch.zeros(len(self.values), num_units, dtype=torch.bool, device=self.values.device)
-        return blank.scatter(1, self.positions(), True)
+        return blank.scatter(1, self.positions, True)
 
     def dense_values(self, num_units: int) -> Tensor:
         """Gates [B, H], zero for those who lost."""
         if self.is_everybody:
             return self.values
-        return self.values.new_zeros(len(self.values), num_units).scatter(1, self.positions(), self.values)
+        return self.values.new_zeros(len(self.values), num_units).scatter(1, self.positions, self.values)
 
     def union(self, num_units: int) -> Tensor:
         """Bool [H]: who won for any sample."""
@@ -97,7 +104,8 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.ones(num_units))
         self.register_buffer("units", torch.arange(num_units))
         self.register_buffer("num_winners", torch.tensor(num_units))
-        nn.init.normal_(self.weight, std=math.sqrt(2 / num_inputs))
+        if not self.weight.is_meta:  # drawing nothing there would load PyTorch's compiler
+            nn.init.normal_(self.weight, std=math.sqrt(2 / num_inputs))
         self.winners: Winners | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
@@ -135,15 +143,16 @@ class Gate(nn.Module):
         held = gates if len(self.units) == len(self.bias) else gates.index_select(1, self.units)
         num_samples, k = len(gates), self.k
         if k >= held.shape[1]:
-            found = Winners((num_samples,), (None,), held.clamp(min=FLOOR), gates.detach())
+            found = Winners((num_samples,), (None,), held.clamp(min=FLOOR), gates)
         elif sizes is None:
             rows = top(held.detach(), k)
             values = held.gather(1, rows).clamp(min=FLOOR)
-            found = Winners((1,) * num_samples, tuple(rows.unbind(0)), values, gates.detach())
+            found = Winners((1,) * num_samples, tuple(rows.unbind(0)), values, gates)
         else:
             parts = template(held.detach(), sizes, k)
-            values = held.gather(1, rows_of(parts, sizes)).clamp(min=FLOOR)
-            found = Winners(tuple(sizes), tuple(parts), values, gates.detach())
+            chosen = held.index_select(1, parts[0]) if len(parts) == 1 else held.gather(1, rows_of(parts, sizes))
+            values = chosen.clamp(min=FLOOR)
+            found = Winners(tuple(sizes), tuple(parts), values, gates)
         self.winners = found
         return found
 

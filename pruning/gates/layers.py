@@ -84,12 +84,12 @@ class _Tap(torch.autograd.Function):
     """x and its mean over positions; backward adds the mean's gradient in the same pass as nothing else would."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx.area = x.shape[2] * x.shape[3]
         return x.view_as(x), x.mean((2, 3))
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor, d_mean: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor, d_mean: Tensor) -> Tensor:
         return dx.add(d_mean[:, :, None, None], alpha=1 / ctx.area)
 
 
@@ -109,7 +109,7 @@ class _Gated(nn.Module):
 
     wiring: Wiring
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # a parameter or None
 
     def forward(self, x: Tensor) -> Tensor:
         wiring = self.wiring
@@ -148,7 +148,7 @@ class _Gated(nn.Module):
             return salience
         rows = source.units.expand(len(salience), -1)
         if self.wiring.execution.is_compact and before is not None and not before.is_everybody:
-            rows = source.units[before.positions()]
+            rows = source.units[before.positions]
         return salience.new_zeros(len(salience), num_inputs).scatter(1, rows, salience)
 
     def _compact(self, x: Tensor, before: Winners | None, after: Winners | None) -> Tensor:
@@ -193,14 +193,14 @@ def _repeated(positions: Tensor, repeat: int) -> Tensor:
 class GatedConv2d(_Gated, nn.Conv2d):
     """A convolution that writes or reads gated units."""
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
 
 class GatedLinear(_Gated, nn.Linear):
     """A linear layer that writes or reads gated units."""
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, weight, bias)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class Gates(nn.ModuleDict):
         self.sites, self.execution = sites, Execution()
         self.can_group = True
         self._order: Tensor | None = None
+        self._last_order: Tensor | None = None
         self._is_peeking = False
 
     def configure(self, share: str = "sample", compact: bool = False, num_groups: int = 4) -> Gates:
@@ -64,12 +65,24 @@ class Gates(nn.ModuleDict):
         execution.share, execution.is_compact, execution.num_groups = share, compact, num_groups
         return self
 
-    def set_density(self, density: float, dense: frozenset[str] = frozenset()) -> Gates:
-        """Let the share ``density`` of every layer win; the groups named in ``dense`` are gated by nothing."""
+    def set_density(self, density: float) -> Gates:
+        """Let the share ``density`` of every layer's units win."""
         for site, gate in self.pairs():
-            k = 0 if site.group in dense else num_winners(site.size, density)
-            gate.num_winners.fill_(k)
+            gate.num_winners.fill_(num_winners(site.size, density))
         return self
+
+    def leave_dense(self, groups: Iterable[str]) -> Gates:
+        """Gate the named groups by nothing."""
+        names = set(groups)
+        for site, gate in self.pairs():
+            if site.group in names:
+                gate.num_winners.fill_(0)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gates' entries lie."""
+        return next(self.buffers()).device
 
     def pairs(self) -> Iterator[tuple[Site, Gate]]:
         """Sites with their gates; those that this network, cut in depth, still has."""
@@ -95,17 +108,22 @@ class Gates(nn.ModuleDict):
         if gates is None:
             return None
         self._order, self.execution.sizes = group_samples(gates, self.execution.num_groups)
-        return (inputs[0].index_select(0, self._order), *inputs[1:])
+        return (_reordered(inputs[0], self._order), *inputs[1:])
 
     def on_end(self, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
         """After the pass: outputs in the order in which the images came."""
         order, self._order, self.execution.sizes = self._order, None, None
+        self._last_order = order
         if order is None:
             return None
         back = order.argsort()
         if isinstance(outputs, list | tuple):
             return [output.index_select(0, back) for output in outputs]
         return outputs.index_select(0, back)
+
+    def in_pass_order(self, labels: Tensor) -> Tensor:
+        """What belongs to the images of the last pass, [B], in the order in which the gates saw them."""
+        return labels if self._last_order is None else labels.index_select(0, self._last_order)
 
     @torch.no_grad()
     def _peek(self, block: nn.Module, inputs: tuple[Any, ...]) -> Tensor | None:
@@ -129,6 +147,13 @@ class Gates(nn.ModuleDict):
             for module, was_training in modes:
                 module.training = was_training
         raise GateError("gates: the block with the first gate does not run its gated layer")
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """The samples of a batch in another order, in the memory format that they have."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
+    return x.index_select(0, order)
 
 
 class _Seen(Exception):  # noqa: N818  a message, not an error

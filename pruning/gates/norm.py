@@ -36,31 +36,34 @@ def compact_norm(norm: nn.BatchNorm2d, y: Tensor, winners: Winners, values: Tens
     y : [B, K, height, width], the channels of each sample those of its winners.
     values : gates [B, K] to multiply with; None for none.
     """
-    parts = [part for part in winners.parts if part is not None]
-    rows = winners.positions()
     assert norm.running_mean is not None
     assert norm.running_var is not None
+    parts = [part for part in winners.parts if part is not None]
+    rows = parts[0] if winners.is_shared else winners.positions
     if norm.training:
         return _Normalise.apply(y, norm.weight, norm.bias, values, norm, parts, winners.sizes, rows)
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    factor, term = _spread(scale, norm.bias - norm.running_mean * scale, values, parts, rows)
-    return torch.addcmul(term[:, :, None, None], y, factor[:, :, None, None])
+    return _combine(y, pick(scale, rows), pick(norm.bias - norm.running_mean * scale, rows), values)[0]
 
 
-def _spread(
-    scale: Tensor, shift: Tensor, values: Tensor | None, parts: Sequence[Tensor], rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Factor and term of every sample and winner, [B, K], or [1, K] where all samples share both."""
-    rows = parts[0][None] if len(parts) == 1 else rows
-    factor, term = scale[rows], shift[rows]
-    return (factor, term) if values is None else (factor * values, term * values)
+def pick(per_unit: Tensor, rows: Tensor) -> Tensor:
+    """Entries [C] of the winners: [1, K] where all samples share them (``rows`` [K]), else [B, K]."""
+    chosen = per_unit.index_select(0, rows.reshape(-1))
+    return chosen[None] if rows.dim() == 1 else chosen.view_as(rows)
+
+
+def _combine(y: Tensor, factor: Tensor, term: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``gate * (factor * y + term)`` in one pass; also what y was multiplied with."""
+    if values is not None:
+        factor, term = factor * values, term * values
+    return torch.addcmul(term[:, :, None, None], y, factor[:, :, None, None]), factor
 
 
 class _Normalise(torch.autograd.Function):
     """Normalisation by the batch's own statistics, times gates."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         weight: Tensor,
@@ -75,35 +78,33 @@ class _Normalise(torch.autograd.Function):
         _update_running(norm, mean, var, count)
         inverse = (var + norm.eps).rsqrt()
         scale = weight * inverse
-        factor, term = _spread(scale, bias - mean * scale, values, parts, rows)
+        z, factor = _combine(y, pick(scale, rows), pick(bias - mean * scale, rows), values)
         ctx.save_for_backward(y, weight, bias, values, mean, inverse, count, factor, rows)
-        return torch.addcmul(term[:, :, None, None], y, factor[:, :, None, None])
+        return z
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         y, weight, bias, values, mean, inverse, count, factor, rows = ctx.saved_tensors
         area = y.shape[2] * y.shape[3]
         sum_dz, sum_dzy = dz.mean((2, 3)).mul_(area), (dz * y).mean((2, 3)).mul_(area)  # [B, K]
-        inverse_k, mean_k = inverse[rows], mean[rows]
-        centred = (sum_dzy - mean_k * sum_dz) * inverse_k  # sums of dz * normalised y
-        flat = rows.reshape(-1)
-        weighed = (sum_dz, centred) if values is None else (sum_dz * values, centred * values)
-        d_bias, d_weight = (torch.zeros_like(weight).index_add_(0, flat, part.reshape(-1)) for part in weighed)
-        d_values = None if values is None else centred * weight[rows] + sum_dz * bias[rows]
+        centred = (sum_dzy - pick(mean, rows) * sum_dz) * pick(inverse, rows)  # sums of dz * normalised y
+        d_bias = _per_unit(sum_dz if values is None else sum_dz * values, rows, weight)
+        d_weight = _per_unit(centred if values is None else centred * values, rows, weight)
+        d_values = None if values is None else centred * pick(weight, rows) + sum_dz * pick(bias, rows)
         # d y = scale * (du - mean(du) - u mean(du u)), u the normalised y, du = gate * dz
-        safe = count.clamp(min=1)
-        scale = weight * inverse
-        by_y = -(scale * inverse * d_weight / safe)
-        constant = -(scale * d_bias / safe) - by_y * mean
-        picked = rows[:1] if factor.shape[0] == 1 or _is_shared(rows) else rows
-        d_y = torch.addcmul(constant[picked][:, :, None, None], y, by_y[picked][:, :, None, None])
+        scale = weight * inverse / count.clamp(min=1)
+        by_y = -(scale * inverse * d_weight)
+        constant = -(scale * d_bias) - by_y * mean
+        d_y = torch.addcmul(pick(constant, rows)[:, :, None, None], y, pick(by_y, rows)[:, :, None, None])
         d_y.addcmul_(dz, factor[:, :, None, None])
         return d_y, d_weight, d_bias, d_values, None, None, None, None
 
 
-def _is_shared(rows: Tensor) -> bool:
-    """Whether all samples have the same winners by construction (one part expanded)."""
-    return rows.stride(0) == 0
+def _per_unit(sums: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """Sums [B, K] of winners added up by unit, [C]."""
+    if rows.dim() == 1:
+        return torch.zeros_like(like).index_add_(0, rows, sums.sum(0))
+    return torch.zeros_like(like).index_add_(0, rows.reshape(-1), sums.reshape(-1))
 
 
 def _statistics(

@@ -21,6 +21,7 @@ from wire.message import Failure, Instruction, Report
 from zoo import get_model
 
 EVERY_RATE_1: dict[str, dict[str, Any]] = {
+    "adp": {"model.gates": False, "adp.mode": "magnitude", "adp.threshold": 0.0},
     "fedavg": {},
     "heterofl": {"heterofl.rates": "1", "heterofl.mask-missing-labels": False},
     "adaptcl": {"adaptcl.rates.min-retention-ratio": 1.0},
@@ -37,6 +38,7 @@ EVERY_RATE_1: dict[str, dict[str, Any]] = {
 """Settings under which a method gives everybody the full model; absent for methods that cannot."""
 
 NOBODY_WHOLE: dict[str, dict[str, Any]] = {
+    "adp": {"model.gates": False, "adp.mode": "static"},
     "fedavg": {"fedavg.retention-ratio": 0.5},
     "heterofl": {"heterofl.rates": "0.5,0.25"},
     "adaptcl": {},
