@@ -196,6 +196,7 @@ def keys_of(case: Case, options: argparse.Namespace) -> Keys:
         keys["num-rounds"] = max(1, int(adaptcl["time_s"] / adaptcl["least_round_s"]))
         if case.method == "smallest-everywhere":
             keys["fedavg.retention-ratio"] = min(1.0, adaptcl["least_ratio"] + 1e-6)
+            keys["fedavg.round-to"] = 1  # rounded down it would not use the time it is given
     return keys
 
 
