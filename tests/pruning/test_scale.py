@@ -24,7 +24,7 @@ def priced(name: str) -> tuple[Layout, CostModel]:
     return layout, measure_costs(model, layout, torch.zeros(2, 3, 32, 32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     name=st.sampled_from(["mlp", "cnn", "resnet8", "resnet18", "vit_tiny"]),
     budget=st.floats(0.3, 1.0),

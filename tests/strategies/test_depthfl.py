@@ -22,6 +22,7 @@ CNN: dict[str, Any] = {
     "model.width": 0.25,
     "num-clients": 3,
     "num-rounds": 1,
+    "data.max-train": 120,
     "depthfl.assignment": "cycle",
 }
 
@@ -52,7 +53,14 @@ def test_a_client_trains_all_exits_up_to_its_own_and_a_merge_is_the_mean_over_ho
 
 @pytest.mark.parametrize("model", ["cnn", "mlp"])
 def test_everybody_at_full_depth_without_distillation_is_joint_training_of_the_exits(model, tmp_path, monkeypatch):
-    settings = {"model.name": model, "model.width": 0.25, "model.exits": True, "num-clients": 3, "num-rounds": 3}
+    settings = {
+        "model.name": model,
+        "model.width": 0.25,
+        "model.exits": True,
+        "num-clients": 3,
+        "num-rounds": 2,
+        "data.max-train": 120,
+    }
     deepest = "3" if model == "cnn" else "2"
     plain = {"depthfl.exits": deepest, "depthfl.distillation-weight": 0.0, "depthfl.predict": "deepest"}
     rows = tiny_run(tmp_path / "depthfl", strategy="depthfl", **settings, **plain)

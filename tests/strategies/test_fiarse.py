@@ -23,6 +23,7 @@ THREE: dict[str, Any] = {
     "fiarse.sizes": "1,0.5,0.25",
     "fiarse.assignment": "cycle",
     "num-clients": 3,
+    "data.max-train": 120,
 }
 
 

@@ -24,12 +24,13 @@ THREE: dict[str, Any] = {
     "fjord.assignment": "cycle",
     "num-clients": 3,
     "num-rounds": 1,
+    "data.max-train": 120,
 }
 
 
 @pytest.mark.parametrize("distils", [True, False])
 def test_one_width_makes_it_fedavg_bit_for_bit(distils, tmp_path):
-    settings = {"model.name": "resnet8", "model.width": 0.25, "num-rounds": 2, "data.max-train": 200}
+    settings = {"model.name": "resnet8", "model.width": 0.25, "num-rounds": 2, "data.max-train": 100}
     one = {"fjord.rates": "1", "fjord.self-distillation": distils}
     rows = tiny_run(tmp_path / "fjord", strategy="fjord", **settings, **one)
     plain = tiny_run(tmp_path / "fedavg", strategy="fedavg", **settings)

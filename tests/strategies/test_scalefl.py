@@ -21,6 +21,7 @@ CNN: dict[str, Any] = {
     "model.width": 0.25,
     "num-clients": 3,
     "num-rounds": 1,
+    "data.max-train": 120,
     "scalefl.budgets": "1,0.5,0.25",
     "scalefl.assignment": "cycle",
 }
