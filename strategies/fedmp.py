@@ -57,7 +57,7 @@ class FedMP(SubModelStrategy):
         self._asked: dict[int, float] = {}
         self._losses: dict[int, float] = {}
         self._times_s: dict[int, float] = {}
-        self._decreases: dict[int, float] = {}
+        self._trials: list[tuple[int, float, float, float]] = []  # client, rate, loss decrease, update time
         self._scored: State = {}
         self._scores: UnitScores = {}
 
@@ -73,16 +73,15 @@ class FedMP(SubModelStrategy):
         pid, loss = arrival.entry.partition_id, report.metrics["loss"]
         self._times_s[pid] = arrival.duration.update_time_s
         if pid in self._losses:
-            self._decreases[pid] = self._losses[pid] - loss
+            self._trials.append((pid, self._asked[pid], self._losses[pid] - loss, self._times_s[pid]))
         self._losses[pid] = loss
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Reward the agents, complete every sub-model by its residual, and average."""
         bandit, mean_s = self.config.bandit, sum(self._times_s.values()) / len(self._times_s)
-        for pid, decrease in self._decreases.items():
-            worth = reward(decrease, self._times_s[pid], mean_s, bandit)
-            self._agents[pid] = learn(self._agent(pid), bandit, self._asked[pid], worth)
-        self._decreases = {}
+        for pid, rate, decrease, time_s in self._trials:
+            self._agents[pid] = learn(self._agent(pid), bandit, rate, reward(decrease, time_s, mean_s, bandit))
+        self._trials = []
         return mean.finalize(self.loop.mixing_rate, residual_mean)
 
     def evaluation_order(self, partition_id: int) -> Order:

@@ -8,51 +8,35 @@ With equal steps it is FedAvg, or FedProx with a ``mu``. Buffers are averaged as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pruning.merge import AggregateResult, MaskedMean
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
-from strategies.levels import LevelsConfig, prefix_family, prefix_of
+from strategies.levels import ProximalConfig, check_partial_work, prefix_family, prefix_of, proximal_order
 from strategies.normalise import StepTally, scaled
 from strategies.setting import Order
-from wire.flat import refuse, require
+from wire.flat import refuse
 from wire.message import Report
 from wire.training import learning_rate, local_distance
-
-
-@dataclass(frozen=True)
-class FedNovaConfig(LevelsConfig):
-    """Settings of FedNova.
-
-    Attributes
-    ----------
-    mu : weight of a proximal term, >= 0; 0 for none.
-    """
-
-    mu: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        super().__post_init__()
-        require(self.mu >= 0, "mu", self.mu, ">= 0")
 
 
 class FedNova(SubModelStrategy):
     """Averages of normalised updates."""
 
     name = "fednova"
-    Config = FedNovaConfig
-    config: FedNovaConfig
+    Config = ProximalConfig
+    config: ProximalConfig
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self._tally = StepTally()
 
     def check(self) -> None:
-        """How far steps go is known of SGD."""
+        """How far steps go is known of SGD; partial work needs known devices."""
+        check_partial_work(self.name, self.setting, self.config)
         optimizer = self.setting.job.train.optimizer
         refuse(
             optimizer != "sgd",
@@ -63,8 +47,7 @@ class FedNova(SubModelStrategy):
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Everybody trains as in FedAvg, or FedProx."""
-        objective, settings = "cross-entropy+proximal", {"mu": self.config.mu}
-        return {pid: Order(self._spec(pid, server_round), objective, settings) for pid in clients}
+        return {pid: proximal_order(self.setting, self.config, pid, server_round) for pid in clients}
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Add the update scaled to the steps of the round's first."""
@@ -88,7 +71,4 @@ class FedNova(SubModelStrategy):
 
     def evaluation_order(self, partition_id: int) -> Order:
         """The client's level; the first round's when levels are drawn."""
-        return Order(self._spec(partition_id, 1))
-
-    def _spec(self, partition_id: int, server_round: int) -> SubModelSpec:
-        return prefix_of(self.setting, self.config.rates, self.config.assignment, partition_id, server_round)
+        return Order(prefix_of(self.setting, self.config.rates, self.config.assignment, partition_id, 1))

@@ -8,8 +8,8 @@ import numpy as np
 
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
-from strategies.setting import Setting
-from wire.flat import require, require_choice
+from strategies.setting import Order, Setting
+from wire.flat import refuse, require, require_choice
 
 ASSIGNMENTS = ("capability", "cycle", "dynamic")
 
@@ -78,6 +78,44 @@ def prefix_family(setting: Setting, rates: str) -> dict[str, SubModelSpec]:
     """Every level below the full model, by the name that evaluations show."""
     levels = zip(read_ratios(rates), prefix_levels(setting, rates), strict=True)
     return {f"{ratio:g}": spec for ratio, spec in levels if ratio < 1}
+
+
+@dataclass(frozen=True)
+class ProximalConfig(LevelsConfig):
+    """Settings of methods with a proximal term.
+
+    Attributes
+    ----------
+    mu : weight of the term, >= 0.
+    partial_work : every device trains only as much as it can in the time in which the fastest is done.
+    """
+
+    mu: float = 0.0
+    partial_work: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        super().__post_init__()
+        require(self.mu >= 0, "mu", self.mu, ">= 0")
+
+
+def proximal_order(setting: Setting, config: ProximalConfig, partition_id: int, server_round: int) -> Order:
+    """What a client is asked for under these settings; mu = 0 is plain training."""
+    spec = prefix_of(setting, config.rates, config.assignment, partition_id, server_round)
+    work_ratio = 1.0
+    if config.partial_work and setting.durations is not None:
+        speeds = [device.train_flops for device in setting.durations.fleet.devices]
+        work_ratio = speeds[partition_id] / max(speeds)
+    return Order(spec, "cross-entropy+proximal", {"mu": config.mu}, work_ratio=work_ratio)
+
+
+def check_partial_work(name: str, setting: Setting, config: ProximalConfig) -> None:
+    """Raise ``ConfigError`` where devices are to work as much as they can, and nobody knows how much that is."""
+    refuse(
+        config.partial_work and setting.durations is None,
+        f"{name}.partial-work=true with fleet.name=none",
+        "nobody knows the devices' speeds here; bound the time with loop.deadline-s instead",
+    )
 
 
 def _is_ratio(text: str) -> bool:

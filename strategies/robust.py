@@ -36,9 +36,14 @@ class RobustConfig:
         require(self.clip_norm >= 0, "clip-norm", self.clip_norm, ">= 0")
         require(self.clip_factor >= 0, "clip-factor", self.clip_factor, ">= 0")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether answers are averaged as they are."""
+        return self.centre == "mean" and not self.clip_norm and not self.clip_factor
+
     def make_mean(self, previous: State, layout: Layout) -> MaskedMean:
         """What a round's answers are collected in."""
-        if self.centre == "mean" and not self.clip_norm and not self.clip_factor:
+        if self.is_plain:
             return MaskedMean(previous, layout)
         return RobustMean(
             previous,

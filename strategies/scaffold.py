@@ -2,13 +2,13 @@
 
 ``y_i <- y_i - eta (g_i(y_i) - c_i + c)``; option II of algorithm 1 renews c_i (``client_app.objectives.drift``);
 ``x <- x + mean of (y_i - x)``, ``c <- mean of c_i`` (``strategies.variates``). Buffers have no variates and are
-averaged. Sub-models: variates follow them, c is the mean over those who hold an entry.
+averaged. Sub-models: variates follow them, c is the mean over those who hold an entry. Clients weigh as much as in
+FedAvg; the paper's equal clients are ``loop.client-weight = "equal"``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pruning.merge import AggregateResult, MaskedMean
@@ -18,38 +18,20 @@ from strategies.exchange import Entry
 from strategies.levels import LevelsConfig, prefix_family, prefix_of
 from strategies.setting import Order
 from strategies.variates import Variates, check_variates
-from wire.flat import refuse, require_choice
+from wire.flat import refuse
 from wire.message import Report
-
-
-@dataclass(frozen=True)
-class ScaffoldConfig(LevelsConfig):
-    """Settings of SCAFFOLD.
-
-    Attributes
-    ----------
-    weights : of the clients in both means: ``examples``, as in FedAvg, or ``uniform``, as in the paper.
-    """
-
-    weights: str = "examples"
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        super().__post_init__()
-        require_choice("weights", self.weights, ("examples", "uniform"))
 
 
 class Scaffold(SubModelStrategy):
     """Averages of models and of variates."""
 
     name = "scaffold"
-    Config = ScaffoldConfig
-    config: ScaffoldConfig
+    Config = LevelsConfig
+    config: LevelsConfig
 
     def check(self) -> None:
         """Variates are means of steps of SGD over fixed holders, remembered by the clients."""
-        job = self.setting.job
-        check_variates(self.name, job)
+        check_variates(self.name, self.setting.job, self.setting.robust)
         refuse(
             self.config.assignment == "dynamic" and len(set(self.config.rates.split(","))) > 1,
             "scaffold.assignment=dynamic",
@@ -64,24 +46,18 @@ class Scaffold(SubModelStrategy):
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Everybody trains with its gradients corrected; the server's variate goes with the model."""
-        return {
-            pid: Order(
-                self._spec(pid),
-                "cross-entropy+variates",
-                companions=self._variates.companions(self._spec(pid)),
-            )
-            for pid in clients
-        }
-
-    def weigh(self, report: Report, staleness: int) -> float:
-        """A stale model counts less; a variate is never stale, for it says what its client remembers."""
-        return self._weight(report) * self.loop.weight_scale(staleness)
+        specs = {pid: self._spec(pid) for pid in clients}
+        c = self._variates.companions
+        return {pid: Order(spec, "cross-entropy+variates", companions=c(spec)) for pid, spec in specs.items()}
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
-        """Average the model, and take the change of the client's variate into account."""
+        """Average the model, and take the change of the client's variate into account.
+
+        A stale model may count less; a variate is never stale, for it says what its client remembers.
+        """
         change = self._variates.change(entry.partition_id, report.companions, report.narrowed)
         super().add(mean, entry, report, staleness)
-        self._variates.add(change, self._weight(report))
+        self._variates.add(change, self.loop.weight(report.num_examples, staleness=0))
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """The variate moves when the model does."""
@@ -95,9 +71,6 @@ class Scaffold(SubModelStrategy):
     def evaluation_order(self, partition_id: int) -> Order:
         """The client's level."""
         return Order(self._spec(partition_id))
-
-    def _weight(self, report: Report) -> float:
-        return float(report.num_examples) if self.config.weights == "examples" else 1.0
 
     def _spec(self, partition_id: int) -> SubModelSpec:
         return prefix_of(self.setting, self.config.rates, self.config.assignment, partition_id, 1)

@@ -19,9 +19,12 @@ from pruning.extract import Selection, selection, shapes_of
 from pruning.groups import Layout
 from pruning.rows import add_at, gather
 from pruning.spec import SubModelSpec
+from strategies.robust import RobustConfig
 from wire.flat import refuse
 from wire.message import Job, State
 from wire.training import VARIATE
+
+PLAIN = RobustConfig()
 
 
 class VariateError(ValueError):
@@ -142,14 +145,21 @@ class Variates:
         self.close()
 
 
-def check_variates(name: str, job: Job) -> None:
+def check_variates(name: str, job: Job, robust: RobustConfig = PLAIN) -> None:
     """Refuse what control variates cannot go with, for the method called ``name``.
 
     Raises
     ------
     ConfigError
-        If updates are compressed, the optimiser is not SGD, or clients have nowhere to remember their variates.
+        If updates are compressed or merged robustly, the optimiser is not SGD, or clients have nowhere to remember
+        their variates.
     """
+    refuse(
+        not robust.is_plain,
+        f"strategy={name} with robust.centre={robust.centre}",
+        "the server's variate is a plain sum of what clients say about theirs, which one client that lies decides; use "
+        "robust.centre=mean without clipping, or a method without variates",
+    )
     refuse(
         job.compression.kind != "none",
         f"strategy={name} with compression.kind={job.compression.kind}",

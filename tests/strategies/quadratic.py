@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,14 @@ class Clients:
         )
 
 
-def converged(name: str, parabolas: list[Parabola], num_rounds: int = 25, momentum: float = 0.0, **own: Any) -> float:
+def converged(
+    name: str,
+    parabolas: list[Parabola],
+    num_rounds: int = 25,
+    momentum: float = 0.0,
+    client_weight: str = "examples",
+    **own: Any,
+) -> float:
     """The weight that strategy ``name`` ends at, from 0, with learning rate .2."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
@@ -98,7 +105,8 @@ def converged(name: str, parabolas: list[Parabola], num_rounds: int = 25, moment
     layout = Layout(())
     cost = measure_costs(model, layout, torch.ones(2, 1))
     kind = STRATEGIES[name]
-    strategy = kind(kind.Config(**own), replace(Setting(job, layout, cost), loop=LoopConfig()))
+    setting = Setting(job, layout, cost, LoopConfig(client_weight=client_weight))
+    strategy = kind(kind.Config(**own), setting)
     clients = Clients(parabolas)
     strategy.start(LocalTransport(clients, len(parabolas)), ArrayRecord(model.state_dict()), num_rounds)
     return float(strategy.progress.state["weight"])

@@ -91,6 +91,24 @@ def test_a_client_that_fails_teaches_nothing_and_goes_on(tmp_path):
     assert {pid: len(trials) for pid, (_, trials) in agents.items()} == {"0": 2, "1": 1, "2": 2, "3": 2}
 
 
+def test_an_agent_that_is_asked_again_before_the_merge_learns_of_the_rate_it_had_tried(tmp_path):
+    asked: dict[int, tuple[int, float]] = {}
+
+    def spy(instruction: Instruction) -> Report:
+        widths = len(instruction.spec.units["hidden0"])
+        asked[instruction.dispatch] = instruction.partition_id, 1 - widths / 200
+        return handle(instruction)
+
+    loop: dict[str, Any] = {"loop.ask": "on-arrival", "loop.quorum": 4, "loop.max-staleness": -1}
+    rows = tiny_run(tmp_path, spy, strategy="fedmp", num_rounds=6, **loop)
+    per_round = [[r["partition_id"] for r in select(rows, "arrival", server_round=n)] for n in range(1, 7)]
+    assert any(len(set(pids)) < len(pids) for pids in per_round), "nobody answered twice: the test shows nothing"
+    for pid, (_, trials) in own_state(tmp_path, 6)["agents"].items():
+        tried = [rate for client, rate in asked.values() if client == int(pid)]
+        learned = [rate for rate, _ in trials]
+        assert learned == pytest.approx(tried[1 : 1 + len(learned)], abs=1 / 200)
+
+
 def test_rates_stay_below_the_largest(tmp_path):
     rows = tiny_run(tmp_path, strategy="fedmp", num_rounds=4, fedmp__bandit__max_pruning_rate=0.3)
     assert {row["widths"]["hidden0"] >= 140 for row in select(rows, "arrival")} == {True}

@@ -8,6 +8,7 @@ import pytest
 
 from client_app.handler import handle
 from strategies.fedprox import FedProxConfig
+from strategies.levels import ProximalConfig
 from tests.runs import equal_states, final_state, select, tiny_run
 from tests.strategies.quadratic import Parabola, bottom_of_the_mean, converged
 from wire.flat import ConfigError
@@ -55,10 +56,24 @@ def test_the_loss_that_is_logged_is_without_the_term(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["fedprox", "fednova"])
+def test_partial_work_is_what_a_device_can_do_while_the_fastest_trains_its_epochs(strategy, tmp_path):
+    own = {"strategy": strategy, f"{strategy}.partial-work": True, "num-rounds": 1, "fleet.noise": 0.0}
+    rows = tiny_run(tmp_path / "a", **own, train__local_epochs=4)
+    arrivals = sorted(select(rows, "arrival"), key=lambda row: row["partition_id"])
+    speeds = [client["train_flops"] for client in rows[1]["clients"]]
+    assert [row["work_ratio"] for row in arrivals] == pytest.approx([speed / max(speeds) for speed in speeds])
+    assert arrivals[3]["train_macs"] == pytest.approx(arrivals[0]["train_macs"] / 5, rel=0.2)
+    assert [row["compute_s"] for row in arrivals] == pytest.approx([arrivals[0]["compute_s"]] * 4, rel=0.2)
+    with pytest.raises(ConfigError, match=rf"{strategy}\.partial-work=true with fleet\.name=none: nobody knows"):
+        tiny_run(tmp_path / "b", **own, fleet__name="none")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"mu": -0.1}, "mu: got -0.1"), ({"rates": "2"}, "rates: got '2'"), ({"assignment": "x"}, "assignment: got 'x'")],
 )
 def test_settings_that_are_none_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        FedProxConfig(**settings)
+    for kind in (FedProxConfig, ProximalConfig):
+        with pytest.raises(ConfigError, match=message):
+            kind(**settings)

@@ -15,6 +15,7 @@ from torch import Tensor
 from client_app.handler import handle
 from client_app.store import ClientStore
 from pruning.extract import embed, extract
+from server_app.checkpoint import load_checkpoint
 from tests.runs import equal_states, final_state, select, tiny_run
 from tests.strategies.quadratic import Parabola, bottom_of_the_mean, converged
 from wire.flat import ConfigError
@@ -64,13 +65,13 @@ def test_the_first_round_is_fedavgs_to_the_bit(model, tmp_path):
     assert not equal_states(final_state(tmp_path / "c"), final_state(tmp_path / "d"))
 
 
-@pytest.mark.parametrize("weights", ["examples", "uniform"])
+@pytest.mark.parametrize("weights", ["examples", "equal"])
 def test_c_is_the_mean_of_what_all_clients_remember(weights, tmp_path):
     watched = Watched()
-    tiny_run(tmp_path, watched, strategy="scaffold", scaffold__weights=weights, num_rounds=4, **UNEQUAL)
+    tiny_run(tmp_path, watched, strategy="scaffold", loop__client_weight=weights, num_rounds=4, **UNEQUAL)
     asked = watched.asked[4]
     counts = {pid: report.num_examples if weights == "examples" else 1 for pid, report in watched.reports[1].items()}
-    assert weights == "uniform" or len(set(counts.values())) > 1
+    assert weights == "equal" or len(set(counts.values())) > 1
     own = {pid: remembered(tmp_path, asked, pid) for pid in asked}
     for key in KEYS:
         mean = sum(counts[pid] * own[pid][key].double() for pid in own) / sum(counts.values())
@@ -79,10 +80,10 @@ def test_c_is_the_mean_of_what_all_clients_remember(weights, tmp_path):
             torch.testing.assert_close(asked[pid].companions[VARIATE + key].double(), mean, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weights", ["examples", "uniform"])
+@pytest.mark.parametrize("weights", ["examples", "equal"])
 def test_a_merge_is_the_papers_step_with_the_same_weights(weights, tmp_path):
     watched = Watched()
-    tiny_run(tmp_path, watched, strategy="scaffold", scaffold__weights=weights, num_rounds=3, **UNEQUAL)
+    tiny_run(tmp_path, watched, strategy="scaffold", loop__client_weight=weights, num_rounds=3, **UNEQUAL)
     reports, asked = watched.reports[3], watched.asked[3]
     counts = {pid: report.num_examples if weights == "examples" else 1 for pid, report in reports.items()}
     for key, tensor in final_state(tmp_path).items():
@@ -142,6 +143,20 @@ def test_on_levels_c_is_the_mean_over_those_who_hold_an_entry(tmp_path):
             torch.testing.assert_close(instruction.companions[VARIATE + key], tensor, atol=1e-6, rtol=1e-4)
 
 
+def test_in_a_buffered_loop_c_is_still_the_mean_of_what_clients_remember(tmp_path):
+    """Some answers are stale, some clients answer twice before a merge; none of it matters to the sums."""
+    watched = Watched()
+    loop: dict[str, Any] = {"loop.ask": "on-arrival", "loop.quorum": 3, "loop.max-staleness": -1}
+    rows = tiny_run(tmp_path, watched, strategy="scaffold", num_rounds=6, num_clients=5, **loop, **UNEQUAL)
+    assert any(row["staleness"] for row in select(rows, "arrival"))
+    own_state, progress = (load_checkpoint(tmp_path)[i] for i in (1, 0))
+    counts = {row["partition_id"]: row["num_examples"] for row in select(rows, "arrival")}
+    merged = {pid: ClientStore(str(tmp_path / "clients"), pid).load(d) for pid, d in progress.last_dispatch.items()}
+    for key in KEYS:
+        total = sum(counts[pid] * memory["objective"]["variates"][key].double() for pid, memory in merged.items())
+        torch.testing.assert_close(own_state["totals"][key].double(), total, atol=1e-3, rtol=1e-4)
+
+
 def poisoned(instruction: Instruction, report: Report) -> Report:
     if (instruction.server_round, instruction.partition_id) != (2, 1):
         return report
@@ -199,9 +214,9 @@ def test_it_ends_at_the_optimum_that_fedavg_misses(momentum):
     assert converged("scaffold", DRIFTING, momentum=momentum) == pytest.approx(optimum, abs=1e-4)
 
 
-def test_uniform_weights_end_at_the_optimum_of_the_plain_mean():
+def test_equal_weights_end_at_the_optimum_of_the_plain_mean():
     optimum = bottom_of_the_mean([replace(p, num_examples=1) for p in DRIFTING])
-    assert converged("scaffold", DRIFTING, weights="uniform") == pytest.approx(optimum, abs=1e-4)
+    assert converged("scaffold", DRIFTING, client_weight="equal") == pytest.approx(optimum, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +228,8 @@ def test_uniform_weights_end_at_the_optimum_of_the_plain_mean():
             {"scaffold.rates": "1,0.5", "scaffold.assignment": "dynamic"},
             r"scaffold\.assignment=dynamic: the holders of an entry would change every round",
         ),
-        ({"scaffold.weights": "equal"}, "scaffold.weights: got 'equal'"),
+        ({"robust.centre": "median"}, r"strategy=scaffold with robust\.centre=median: .*one client that lies"),
+        ({"robust.clip-norm": 1.0}, r"strategy=scaffold with robust\.centre=mean: .*without clipping"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_sent(settings: dict[str, Any], message, tmp_path):
