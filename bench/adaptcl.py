@@ -16,22 +16,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import multiprocessing
-import os
 import statistics
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, finish, num_cores, print_table
+from bench.common import finish, num_cores, print_table
 from bench.common import options as common_options
-from wire.flat import Scalar
-
-Keys = dict[str, Scalar]
+from bench.runs import STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, read
 
 
 @dataclass(frozen=True)
@@ -108,9 +101,13 @@ class Case:
     method: str
 
     @property
-    def file_name(self) -> str:
+    def name(self) -> str:
+        """Of the file that keeps its outcome."""
+        return f"{self.task}_sigma{self.sigma:g}_seed{self.seed}_{self.method.replace(',', '').replace(' ', '-')}"
+
+    def path(self, store: Path) -> Path:
         """Where its outcome is kept."""
-        return f"{self.task}_sigma{self.sigma:g}_seed{self.seed}_{self.method.replace(',', '').replace(' ', '-')}.json"
+        return store / f"{self.name}.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ablations", action="store_true", help="all ablations, not only the core methods")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
-    parser.add_argument("--store", type=Path, default=RESULTS.parents[1] / "results" / "bench" / "adaptcl")
+    parser.add_argument("--store", type=Path, default=STORES / "adaptcl")
     options = parser.parse_args(arguments)
     if options.quick:
         options.task, options.sigma, options.seeds = ["digits"], [5.0], 1
@@ -153,27 +150,19 @@ def plan(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def has_cifar(data_dir: str) -> bool:
-    """Whether CIFAR-10 lies in ``data_dir``."""
-    folder = Path(data_dir)
-    return any((folder / name).exists() for name in ("cifar10.npz", "cifar-10-batches-py"))
-
-
 def run_missing(cases: Sequence[Case], options: argparse.Namespace) -> None:
-    """Run every case whose outcome is not kept yet, ``workers`` at once; followers after the run that they follow."""
-    options.store.mkdir(parents=True, exist_ok=True)
-    missing = [case for case in cases if not (options.store / case.file_name).exists()]
-    done, began = 0, time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=4) as pool:
-        for _, group in itertools.groupby(missing, key=lambda case: (case.task, case.sigma, case.seed)):
-            together = list(group)
-            for is_follower in (False, True):
-                batch = [case for case in together if (case.method in FOLLOWERS) == is_follower]
-                jobs = [(case, keys_of(case, options), str(options.store)) for case in batch]
-                for case in pool.imap_unordered(run_case, jobs):
-                    done += 1
-                    left_s = (time.monotonic() - began) / done * (len(missing) - done)
-                    print(f"[{done}/{len(missing)}] {case.file_name}; about {left_s / 60:.0f} min left", flush=True)
+    """Run every case whose outcome is not kept yet; followers after the run that they follow."""
+    missing = [case for case in cases if not case.path(options.store).exists()]
+    for (task, sigma, seed), group in itertools.groupby(missing, key=lambda case: (case.task, case.sigma, case.seed)):
+        together = list(group)
+        for is_follower in (False, True):
+            batch = [case for case in together if (case.method in FOLLOWERS) == is_follower]
+            if is_follower and not Case(task, sigma, seed, "adaptcl").path(options.store).exists():
+                print(f"left out: {', '.join(case.name for case in batch)}: there is no run of adaptcl to follow")
+                continue
+            jobs = [Job(case.name, keys_of(case, options), options.store, outcome) for case in batch]
+            for name, reason in carry_out(jobs, options.workers).items():
+                print(f"left out: {name}: {reason}")
 
 
 def keys_of(case: Case, options: argparse.Namespace) -> Keys:
@@ -187,12 +176,11 @@ def keys_of(case: Case, options: argparse.Namespace) -> Keys:
         "seed": case.seed,
         "data.seed": case.seed,
         "num-rounds": num_rounds,
-        "num-workers": 1,
         "adaptcl.rates.min-retention-ratio": task.floor,
         **METHODS[case.method],
     }
     if case.method in FOLLOWERS:
-        adaptcl = load(options.store, Case(case.task, case.sigma, case.seed, "adaptcl"))
+        adaptcl = load(Case(case.task, case.sigma, case.seed, "adaptcl").path(options.store))
         keys["num-rounds"] = max(1, int(adaptcl["time_s"] / adaptcl["least_round_s"]))
         if case.method == "smallest-everywhere":
             keys["fedavg.retention-ratio"] = min(1.0, adaptcl["least_ratio"] + 1e-6)
@@ -200,29 +188,9 @@ def keys_of(case: Case, options: argparse.Namespace) -> Keys:
     return keys
 
 
-def run_case(job: tuple[Case, Keys, str]) -> Case:
-    """One run in a process of its own; keeps its outcome atomically."""
-    case, keys, store = job
-    from server_app.config import parse
-    from server_app.local import run_local
-
-    folder = Path(store) / "runs" / case.file_name.removesuffix(".json") / str(os.getpid())
-    with Path(os.devnull).open("w") as nowhere:
-        sys.stderr = sys.stdout = nowhere
-        try:
-            run_local(parse({**keys, "run-dir": str(folder)}), show=lambda line: None)
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    target = Path(store) / case.file_name
-    part = target.with_suffix(".part")
-    part.write_text(json.dumps(outcome(folder / "events.jsonl")))
-    part.replace(target)
-    return case
-
-
 def outcome(log: Path) -> dict[str, Any]:
     """What the tables need of an event log: curves, totals, the least retention ratio."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read(log)
     arrivals = [row for row in rows if row["event"] == "arrival"]
     evaluations = [row for row in rows if row["event"] == "evaluation"]
     with_family = [row for row in evaluations if "family" in row]
@@ -252,23 +220,17 @@ def outcome(log: Path) -> dict[str, Any]:
     }
 
 
-def load(store: Path, case: Case) -> dict[str, Any]:
-    """A kept outcome."""
-    kept: dict[str, Any] = json.loads((store / case.file_name).read_text())
-    return kept
-
-
 def summarise(task: str, sigma: float, options: argparse.Namespace) -> dict[str, Any]:
     """One table: every method against FedAvg, as means over seeds of ratios taken seed by seed."""
-    methods = [m for m in METHODS if (options.store / Case(task, sigma, 0, m).file_name).exists()]
+    methods = [m for m in METHODS if Case(task, sigma, 0, m).path(options.store).exists()]
     rows = []
     for method in methods:
         columns: dict[str, list[float]] = {}
         for seed in range(options.seeds):
             cases = {m: Case(task, sigma, seed, m) for m in (method, "fedavg", "adaptcl")}
-            if not all((options.store / case.file_name).exists() for case in cases.values()):
+            if not all(case.path(options.store).exists() for case in cases.values()):
                 continue
-            runs = {m: load(options.store, case) for m, case in cases.items()}
+            runs = {m: load(case.path(options.store)) for m, case in cases.items()}
             for name, value in compare(runs[method], runs["fedavg"], runs["adaptcl"], TASKS[task].target).items():
                 columns.setdefault(name, []).append(value)
         rows.append({"method": method} | {name: mean_and_spread(values) for name, values in columns.items()})
@@ -303,14 +265,6 @@ def compare(
 def first_reaching(curve: Sequence[Mapping[str, float]], target: float) -> float:
     """Virtual time at which the best member first has ``target``; infinite if never."""
     return next((point["time_s"] for point in curve if point["best"] >= target), float("inf"))
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """``.631 ± .012`` over seeds."""
-    if any(value == float("inf") for value in values):
-        return f"not reached ({sum(v == float('inf') for v in values)} of {len(values)})"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":

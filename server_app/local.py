@@ -14,7 +14,7 @@ from server_app.run import run
 from wire.local import LocalTransport
 
 
-def run_local(config: Config, show: Callable[[str], None] = print) -> Path:
+def run_local(config: Config, show: Callable[[str], None] | None = print) -> Path:
     """Carry out one run in processes of this machine and return its folder; see ``server_app.run.run``."""
     torch.set_num_threads(1)  # clients at once beat threads in one client, and sums do not depend on the machine
     num_workers = config.run.num_workers or min(os.cpu_count() or 1, config.run.num_clients)

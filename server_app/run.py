@@ -51,6 +51,8 @@ MAY_DIFFER = (
     "keep-checkpoints",
     "data.dir",
     "data.download",
+    "evaluation.every",
+    "evaluation.family-every",
     *to_flat(DeploymentConfig(), "deployment."),
     *to_flat(Limits(), "limits."),
 )
@@ -65,8 +67,8 @@ class RunFolderError(ValueError):
     """The folder of a run cannot be written."""
 
 
-def run(config: Config, transport: Grid | Transport, show: Callable[[str], None] = print) -> Path:
-    """Carry out one run and return its folder.
+def run(config: Config, transport: Grid | Transport, show: Callable[[str], None] | None = print) -> Path:
+    """Carry out one run and return its folder; ``show`` is told where the report lies, None for no report.
 
     Raises
     ------
@@ -93,7 +95,8 @@ def run(config: Config, transport: Grid | Transport, show: Callable[[str], None]
             log.write({"event": "end", "status": "failed", "reason": reason, **_where(log)})
             raise
         log.write({"event": "end", "status": "completed", "reason": "", **_where(log)})
-    show(f"report: {write_report(folder)}")
+    if show is not None:
+        show(f"report: {write_report(folder)}")
     return folder
 
 

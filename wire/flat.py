@@ -7,6 +7,7 @@ import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 Scalar = bool | int | float | str
@@ -54,7 +55,7 @@ def from_flat(kind: type[T], flat: Mapping[str, Any], prefix: str = "") -> T:
 
 def known_keys(kind: type, prefix: str = "") -> dict[str, type]:
     """Flat key -> scalar type of everything ``kind`` holds."""
-    hints = typing.get_type_hints(kind)
+    hints = _hints_of(kind)
     known: dict[str, type] = {}
     for field in fields(kind):
         key, hint = prefix + kebab(field.name), hints[field.name]
@@ -62,8 +63,14 @@ def known_keys(kind: type, prefix: str = "") -> dict[str, type]:
     return known
 
 
+@lru_cache(maxsize=256)
+def _hints_of(kind: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields; resolving their names takes most of the time that parsing takes."""
+    return typing.get_type_hints(kind)
+
+
 def _build(kind: type[T], flat: Mapping[str, Any], prefix: str) -> T:
-    hints = typing.get_type_hints(kind)
+    hints = _hints_of(typing.cast(Any, kind))
     values: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
         key, hint = prefix + kebab(field.name), hints[field.name]

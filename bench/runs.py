@@ -1,0 +1,143 @@
+"""Many runs for one table: a process each, kept one by one, continued where a benchmark was stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS
+from wire.flat import Scalar
+
+Keys = dict[str, Scalar]
+Measure = Callable[[Path], dict[str, Any]]
+STORES = RESULTS.parents[1] / "results" / "bench"
+NUM_POINTS = 16
+"""Evaluations of a curve."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes
+    ----------
+    name : of the file that keeps its outcome.
+    keys : of the run config.
+    store : folder of the outcomes, and of the runs.
+    measure : event log -> what the tables need of it, JSON values.
+    until_s : go on beyond ``num-rounds`` until the virtual clock has passed it, with as many evaluations again. Needs
+        a constant learning rate.
+    """
+
+    name: str
+    keys: Keys
+    store: Path
+    measure: Measure
+    until_s: float = 0.0
+
+    @property
+    def path(self) -> Path:
+        """Where the outcome is kept."""
+        return self.store / f"{self.name}.json"
+
+
+def has_cifar(data_dir: str) -> bool:
+    """Whether CIFAR-10 lies in ``data_dir``."""
+    return any((Path(data_dir) / name).exists() for name in ("cifar10.npz", "cifar-10-batches-py"))
+
+
+def carry_out(jobs: Iterable[Job], workers: int) -> dict[str, str]:
+    """Run what is not kept yet, ``workers`` at once, and say how far it is.
+
+    Returns
+    -------
+    dict
+        Name of each run that failed -> the reason; the others are kept, and it is tried again next time.
+    """
+    missing = [job for job in jobs if not job.path.exists()]
+    failed: dict[str, str] = {}
+    if not missing:
+        return failed
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(missing)), maxtasksperchild=8) as pool:
+        for done, (name, reason) in enumerate(pool.imap_unordered(run_job, missing), 1):
+            failed |= {name: reason} if reason else {}
+            left_s = (time.monotonic() - began) / done * (len(missing) - done)
+            note = f" FAILED: {reason}" if reason else ""
+            print(f"[{done}/{len(missing)}] {name}; about {left_s / 60:.0f} min left{note}", flush=True)
+    return failed
+
+
+def run_job(job: Job) -> tuple[str, str]:
+    """Carry out one run in this process and keep its outcome, whole or not at all; returns (name, reason it failed)."""
+    from server_app.config import parse
+    from server_app.local import run_local
+
+    home = job.store / "runs" / job.name
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            folder, keys = home / "0", {**job.keys, "keep-checkpoints": 1, "num-workers": 1}
+            run_local(parse({**keys, "run-dir": str(folder)}), show=None)
+            while (more := rounds_until(folder / "events.jsonl", job.until_s)) > 0:
+                before, folder = folder, home / str(int(folder.name) + 1)
+                every = max(1, (more - int(keys["num-rounds"])) // NUM_POINTS)
+                keys |= {"num-rounds": more, "evaluation.every": every, "evaluation.family-every": every}
+                run_local(parse({**keys, "run-dir": str(folder), "resume": str(before)}), show=None)
+                shutil.rmtree(before)
+            outcome = job.measure(folder / "events.jsonl")
+        except Exception as error:  # one run that fails must not cost the others
+            return job.name, f"{type(error).__name__}: {error}"
+    keep(job.path, outcome)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / "clients", ignore_errors=True)
+    return job.name, ""
+
+
+def rounds_until(log: Path, until_s: float) -> int:
+    """Rounds that a run needs in all to pass ``until_s``, at the pace of its last third; 0 if it has."""
+    times = [(0, 0.0)] + [(row["server_round"], row["time_s"]) for row in read(log) if row["event"] == "merge"]
+    last_round, last_s = times[-1]
+    if last_s >= until_s or len(times) < 2:
+        return 0
+    first_round, first_s = times[len(times) * 2 // 3 - 1 if len(times) > 3 else 0]
+    pace_s = (last_s - first_s) / (last_round - first_round) or last_s / last_round
+    return last_round + max(1, round((until_s - last_s) / pace_s + 0.5))
+
+
+def read(log: Path) -> list[dict[str, Any]]:
+    """Rows of an event log."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def keep(path: Path, outcome: Mapping[str, Any]) -> None:
+    """Write an outcome, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(outcome), encoding="utf-8")
+    part.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A kept outcome."""
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return kept
+
+
+def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """``0.631 ± 0.012`` over seeds; who did not get there is None or infinite, and counted."""
+    reached = [value for value in values if value is not None and value != float("inf")]
+    if len(reached) < len(values):
+        return f"not reached ({len(values) - len(reached)} of {len(values)})"
+    spread = f" ± {statistics.stdev(reached):.{digits}f}" if len(reached) > 1 else ""
+    return f"{statistics.fmean(reached):.{digits}f}{spread}"

@@ -1,0 +1,85 @@
+"""Runs for tables: kept one by one, extended to a time, and one that fails costs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.adaptcl import METHODS, Case, Task
+from bench.runs import Job, keep, load, mean_and_spread, read, rounds_until, run_job
+from server_app.config import parse
+
+TINY: dict[str, Any] = {
+    "strategy": "fedavg",
+    "num-rounds": 2,
+    "num-clients": 3,
+    "model.name": "mlp",
+    "data.max-train": 200,
+    "data.partition": "iid",
+    "train.schedule": "constant",
+}
+
+
+def last_merge(log: Path) -> dict[str, Any]:
+    """What these tests keep of a run."""
+    merges = [row for row in read(log) if row["event"] == "merge"]
+    return {"round": merges[-1]["server_round"], "times": [row["time_s"] for row in merges]}
+
+
+def test_a_run_goes_on_beyond_its_rounds_until_a_time_has_passed(tmp_path):
+    assert run_job(Job("short", TINY, tmp_path, last_merge)) == ("short", "")
+    short = load(tmp_path / "short.json")
+    until_s = 3.5 * short["times"][0]
+    assert run_job(Job("long", TINY, tmp_path, last_merge, until_s)) == ("long", "")
+    long = load(tmp_path / "long.json")
+    assert long["times"][:2] == short["times"]
+    assert long["times"][-1] >= until_s
+    assert 4 <= long["round"] <= 6
+
+
+def test_a_run_that_fails_is_told_with_its_reason_and_leaves_no_outcome(tmp_path, capsys):
+    name, reason = run_job(Job("bad", {**TINY, "num-clients": 150}, tmp_path, last_merge))
+    assert name == "bad"
+    assert "150" in reason
+    assert not (tmp_path / "bad.json").exists()
+    print("output is back")
+    assert "output is back" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("times", "until_s", "rounds"),
+    [
+        ([1, 2, 3], 3.0, 0),
+        ([1, 2, 3], 5.0, 5),
+        ([1, 2, 3], 5.1, 6),
+        ([3, 6, 9, 10, 11, 12], 14.0, 8),  # rounds have become shorter
+        ([2.0], 3.0, 2),
+    ],
+)
+def test_the_rounds_still_needed_are_those_of_the_present_pace(times, until_s, rounds, tmp_path):
+    rows = [{"event": "merge", "server_round": n, "time_s": t} for n, t in enumerate(times, 1)]
+    (tmp_path / "log").write_text("\n".join(map(json.dumps, rows)))
+    assert rounds_until(tmp_path / "log", until_s) == rounds
+
+
+def test_an_outcome_is_whole_or_not_there(tmp_path):
+    keep(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        keep(tmp_path / "a.json", {"x": object()})
+    assert load(tmp_path / "a.json") == {"x": 1}
+
+
+def test_means_say_how_many_seeds_did_not_get_there():
+    assert mean_and_spread([0.5, 0.7]) == "0.600 ± 0.141"
+    assert mean_and_spread([0.25]) == "0.250"
+    assert mean_and_spread([0.5, None, float("inf")]) == "not reached (2 of 3)"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_bench_adaptcl_is_a_config_with_a_file_of_its_own(method):
+    parse({**Task({}, 1, 0.2).keys, **METHODS[method]})
+    names = {Case("digits", 5.0, 0, other).name for other in METHODS}
+    assert len(names) == len(METHODS)
