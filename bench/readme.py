@@ -18,6 +18,7 @@ HEAD = """# Every kept figure
 Written by `python -m bench.readme` from `bench/results`; each section names the command that made it. Training lies on
 the virtual clock. CPU times are compared only within one run.
 """
+BESIDE = "of its own beside it"
 MAIN_COLUMNS = (
     "method",
     "rounds",
@@ -33,7 +34,8 @@ MAIN_COLUMNS = (
 def main() -> None:
     """Rewrite every marked part of the README for which there are results, and docs/benchmarks.md."""
     text = README.read_text(encoding="utf-8")
-    for name, content in (("adaptcl", adaptcl_part()), ("bounds", markdown(bounds()))):
+    parts = {"adaptcl": adaptcl_part(), "bounds": markdown(bounds()), "codesize": codesize_part()}
+    for name, content in parts.items():
         text = replace_part(text, name, content)
     README.write_text(text, encoding="utf-8")
     sections = [section(path.stem) for path in sorted(RESULTS.glob("*.json"))]
@@ -59,6 +61,14 @@ def adaptcl_part() -> str:
         rows = [{name: row[name] for name in MAIN_COLUMNS if name in row} for row in table["rows"]]
         parts.append(f"**{title_of(table)}**\n\n{markdown(rows)}")
     return "\n\n".join(parts)
+
+
+def codesize_part() -> str:
+    """Lines per method: its file, and what only it uses."""
+    record = load("codesize")
+    rows = record["results"]["rows"] if record else []
+    cells = [f"`{row['method']}` {row['file']}" + (f" + {extra}" if (extra := row[BESIDE]) else "") for row in rows]
+    return " · ".join(cells)
 
 
 def bounds() -> list[dict[str, Any]]:
