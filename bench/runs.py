@@ -9,6 +9,8 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +69,17 @@ def carry_out(jobs: Iterable[Job], workers: int) -> dict[str, str]:
     failed: dict[str, str] = {}
     if not missing:
         return failed
-    began = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(missing)), maxtasksperchild=8) as pool:
-        for done, (name, reason) in enumerate(pool.imap_unordered(run_job, missing), 1):
+    began, done = time.monotonic(), 0
+    # not multiprocessing.Pool: that one waits for ever for a worker that was killed
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+        running = {pool.submit(run_job, job): job.name for job in missing}
+        for future in as_completed(running):
+            done += 1
+            try:
+                name, reason = future.result()
+            except BrokenProcessPool:
+                name, reason = running[future], "a worker process died, and the others with it; run this again"
             failed |= {name: reason} if reason else {}
             left_s = (time.monotonic() - began) / done * (len(missing) - done)
             note = f" FAILED: {reason}" if reason else ""
