@@ -85,7 +85,9 @@ def run_app(
         (home / "cwd").mkdir()
         config_path = home / "run-config.toml"
         config_path.write_text(settings, encoding="utf-8")
-        federation = f"num-supernodes={num_clients} client-resources-num-cpus=1 init-args-num-cpus={num_workers}"
+        federation = f"num-supernodes={num_clients} client-resources-num-cpus=1"
+        if not ray_cluster():  # a cluster has the CPUs that it has
+            federation += f" init-args-num-cpus={num_workers}"
         submit = ["run", str(home / "app"), CONNECTION, "--stream", "--run-config", str(config_path)]
         submit += ["--federation-config", federation]
         for attempt in range(1, MAX_RUN_ATTEMPTS + 1):
@@ -96,6 +98,14 @@ def run_app(
             if attempt < MAX_RUN_ATTEMPTS:
                 show(f"the run was still pending after {pending_limit_s:.0f} s: starting it once more")
     return Outcome(False, f"the run never started: pending for {pending_limit_s:.0f} s, {MAX_RUN_ATTEMPTS} times")
+
+
+def ray_cluster() -> str:
+    """Address of the Ray cluster to simulate on, from PRUNUS_RAY_ADDRESS; empty for a Ray of this run's own.
+
+    Every machine of the cluster must see this checkout, with its environment, at the same path (docs/scale.md).
+    """
+    return os.environ.get("PRUNUS_RAY_ADDRESS", "")
 
 
 def copy_app(app_dir: Path, target_dir: Path) -> None:
@@ -350,7 +360,7 @@ def _make_environment(home: Path, ray_dir: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PYTHONUNBUFFERED": "1",
-        "RAY_ADDRESS": "local",  # never join a Ray that runs on this machine already
+        "RAY_ADDRESS": ray_cluster() or "local",  # never join by chance a Ray that runs on this machine already
         "RAY_TMPDIR": str(ray_dir),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
