@@ -149,6 +149,33 @@ def test_merging_merged_partial_sums_equals_merging_all():
         torch.testing.assert_close(one.state[key], two.state[key], rtol=1e-5, atol=1e-6)
 
 
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(0, 3), st.floats(0, 10)), min_size=1, max_size=7),
+    st.sampled_from(sorted(RULES)),
+)
+@settings(max_examples=20)
+def test_merging_merged_partial_sums_equals_merging_all_whatever_the_specs_weights_and_parts(seed, clients, rule):
+    """Each client goes to one of four helpers, some of which get nobody; helpers are joined as a chain of two levels."""
+    model, layout = get_model("mlp", 10, 1, 8)
+    previous = {k: t.clone() for k, t in model.state_dict().items()}
+    flat, *helpers = (MaskedMean(previous, layout, dtype=torch.float64) for _ in range(5))
+    for number, (helper, weight) in enumerate(clients):
+        spec = random_spec(layout.prunable, np.random.default_rng((seed, number)))
+        sub = reply(seed + number, spec, layout, model)
+        flat.add(sub, spec, weight)
+        helpers[helper].add(sub, spec, weight)
+    regions = [MaskedMean(previous, layout, dtype=torch.float64) for _ in range(2)]
+    for number, helper in enumerate(helpers):
+        regions[number // 2].add_partial(helper)
+    regions[0].add_partial(regions[1])
+    one, two = flat.finalize(rule=RULES[rule]), regions[0].finalize(rule=RULES[rule])
+    assert (one.num_merged, one.n_star) == (two.num_merged, two.n_star)
+    assert one.total_weight == pytest.approx(two.total_weight)
+    for key in previous:
+        torch.testing.assert_close(one.state[key], two.state[key], rtol=1e-6, atol=1e-7)
+
+
 def test_coverage_counts_the_weight_of_the_holders(four_channels):
     model, layout = four_channels
     previous = model.state_dict()
