@@ -90,9 +90,20 @@ class Federation:
     num_nodes : SuperNodes that ``start`` brings up, with partition ids from 0.
     is_secure : TLS and SuperNode authentication; else ``--insecure-loopback``.
     poll_s : how often nodes look for work.
+    names : further addresses by which nodes reach the SuperLink, which then listens on all of its namespace's.
+
+    ``prefix`` : words before each command of the SuperLink and its operator (``nsenter ...``).
     """
 
-    def __init__(self, folder: Path, num_nodes: int, is_secure: bool = False, poll_s: float = 0.25) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_nodes: int,
+        is_secure: bool = False,
+        poll_s: float = 0.25,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.names, self.prefix = list(names), list[str]()
         self.folder, self.num_nodes, self.is_secure = folder, num_nodes, is_secure
         self.host, self.port = "127.0.0.1", 0
         self.superlink: Process | None = None
@@ -125,7 +136,7 @@ class Federation:
         """Bring everything up."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.is_secure:
-            self.script("certificates.sh", str(self.folder / "certificates"), "localhost", self.host)
+            self.script("certificates.sh", str(self.folder / "certificates"), "localhost", self.host, *self.names)
         self.start_superlink()
         for number in range(self.num_nodes):
             self.start_node(f"n{number}", number)
@@ -133,7 +144,7 @@ class Federation:
     def script(self, name: str, *arguments: str, is_checked: bool = True) -> str:
         """Run a script of deploy/ to its end and return what it said."""
         done = subprocess.run(
-            [str(DEPLOY / name), *arguments],
+            [*self.prefix, str(DEPLOY / name), *arguments],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -146,14 +157,15 @@ class Federation:
             raise HostError(f"{name} {shlex.join(arguments)}: exit code {done.returncode}: {done.stdout[-2000:]}")
         return done.stdout
 
-    def start_superlink(self, prefix: Sequence[str] = ()) -> None:
+    def start_superlink(self) -> None:
         """Start, or start again with the same database and port, the SuperLink."""
-        settings = {"PRUNUS_STATE": str(self.folder / "superlink"), "PRUNUS_HOST": self.host}
+        settings = {"PRUNUS_STATE": str(self.folder / "superlink")}
+        settings["PRUNUS_HOST"] = "0.0.0.0" if self.names else self.host
         settings["PRUNUS_CERTIFICATES"] = str(self.folder / "certificates")
         for _ in range(MAX_PORT_ATTEMPTS):
             port = self.port or free_port()
             self.superlink = Process(
-                [*prefix, str(DEPLOY / "superlink.sh"), *self._flag()],
+                [*self.prefix, str(DEPLOY / "superlink.sh"), *self._flag()],
                 self.folder / "superlink.log",
                 self.environment | settings | {"PRUNUS_PORT": str(port)},
                 self.folder,
@@ -169,6 +181,8 @@ class Federation:
     def _answers(self, port: int) -> bool:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and self.superlink is not None and self.superlink.is_alive:
+            if self.prefix:
+                return True  # its port is another namespace's: its own word has to do
             with suppress(OSError), socket.create_connection((self.host, port), timeout=1):
                 return True
             time.sleep(0.1)
@@ -181,16 +195,18 @@ class Federation:
         is_registered: bool = True,
         prefix: Sequence[str] = (),
         is_awaited: bool = True,
+        address: str = "",
         **settings: str,
     ) -> Process:
         """Start a SuperNode; one of the same name comes back with the same identity where there are keys.
 
         Parameters
         ----------
-        prefix : words before the command (``ip netns exec ...``).
+        prefix : words before the command (``nsenter ...``).
+        address : of the SuperLink as this node sees it.
         settings : more of its environment, such as ``PRUNUS_DATA``.
         """
-        own = {"PRUNUS_SUPERLINK": f"{self.host}:{self.port}", "PRUNUS_PARTITION": str(partition_id)}
+        own = {"PRUNUS_SUPERLINK": f"{address or self.host}:{self.port}", "PRUNUS_PARTITION": str(partition_id)}
         own |= {"PRUNUS_STATE": str(self.folder / name), "PRUNUS_NODE_PORT": str(free_port())}
         if self.is_secure:
             key = self.folder / name / "key"
@@ -219,7 +235,16 @@ class Federation:
         """Start a run of the app in ``app_dir``; its own words go to ``RUN_DIR.log``."""
         start = "import sys, pathlib; from server_app.submit import main; "
         start += "sys.exit(main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
-        command = [sys.executable, "-u", "-c", start, str(app_dir), CONNECTION, f"--attempts={num_attempts}"]
+        command = [
+            *self.prefix,
+            sys.executable,
+            "-u",
+            "-c",
+            start,
+            str(app_dir),
+            CONNECTION,
+            f"--attempts={num_attempts}",
+        ]
         log = run_dir.with_name(run_dir.name + ".log")
         run = Process([*command, f"run-dir={run_dir}", *tokens], log, self.environment, ROOT)
         self.runs.append(run)

@@ -1,0 +1,139 @@
+"""Unequal hosts on one machine: a network namespace, a shaped link and a CPU quota for each (Linux, root).
+
+Namespaces are anonymous: each is held by a sleeping process and gone with it, so nothing is left behind, whatever
+happens. Bandwidth is shaped by a token bucket (``tbf``) at both ends of a veth pair; delay and loss need ``netem``,
+which not every kernel has.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
+CGROUP_V2 = Path("/sys/fs/cgroup")
+PERIOD_US = 100_000
+HUB = "10.213"
+
+
+@dataclass(frozen=True)
+class Host:
+    """What one host can do.
+
+    Attributes
+    ----------
+    cores : share of a core, > 0.
+    bytes_per_s : of its link, each way.
+    delay_s, loss_ratio : of its link, each way; need ``netem``.
+    """
+
+    cores: float
+    bytes_per_s: float
+    delay_s: float = 0.0
+    loss_ratio: float = 0.0
+
+
+def run(*command: object) -> None:
+    """Carry out a command; ``OSError`` with what it said if it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(map(str, command))}: {(done.stderr or done.stdout).strip()}")
+
+
+def why_not() -> str:
+    """Why no such hosts can be made here; empty if they can."""
+    if os.name != "posix" or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "network namespaces and CPU quotas need root"
+    missing = [name for name in ("ip", "tc", "unshare", "nsenter") if shutil.which(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (iproute2, util-linux)"
+    try:
+        with hosts([Host(0.5, 1e6)], "why-not"):
+            return ""
+    except OSError as error:
+        return str(error)
+
+
+def has_netem() -> bool:
+    """Whether links can have delay and loss here."""
+    probe = "ip link add t0 type veth peer name t1 && tc qdisc add dev t0 root netem delay 1ms"
+    return subprocess.run(["unshare", "-n", "sh", "-c", probe], capture_output=True, check=False).returncode == 0
+
+
+@contextmanager
+def hosts(wanted: Sequence[Host], name: str) -> Iterator[list[list[str]]]:
+    """Make hosts on a hub and yield, for the hub and then for each host, the words that put a command onto it.
+
+    The hub has address 10.213.I.1 on the link of host I, which is 10.213.I.2.
+    """
+    with ExitStack() as stack:
+        hub = stack.enter_context(_namespace())
+        prefixes = [_enter(hub)]
+        run(*_enter(hub), "ip", "link", "set", "lo", "up")
+        for index, host in enumerate(wanted):
+            node = stack.enter_context(_namespace())
+            _link(hub, node, index, host)
+            quota = stack.enter_context(_quota(f"{name}-{os.getpid()}-{index}", host.cores))
+            prefixes.append(["sh", "-c", f'echo $$ > {quota} && exec "$@"', "sh", *_enter(node)])
+        yield prefixes
+
+
+def _enter(pid: int) -> list[str]:
+    return ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
+
+
+@contextmanager
+def _namespace() -> Iterator[int]:
+    """Process id of a sleeper that holds a network namespace of its own."""
+    with subprocess.Popen(
+        ["unshare", "-n", "sh", "-c", "echo ready; exec sleep infinity"], stdout=subprocess.PIPE, text=True
+    ) as sleeper:
+        try:
+            assert sleeper.stdout is not None
+            if sleeper.stdout.readline().strip() != "ready":
+                raise OSError("unshare -n: no network namespace can be made here")
+            yield sleeper.pid
+        finally:
+            sleeper.kill()
+
+
+def _link(hub: int, node: int, index: int, host: Host) -> None:
+    near, far = f"pr{index}", "pr"
+    run(*_enter(hub), "ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", node)
+    for pid, device, last in ((hub, near, 1), (node, far, 2)):
+        run(*_enter(pid), "ip", "address", "add", f"{HUB}.{index}.{last}/24", "dev", device)
+        run(*_enter(pid), "ip", "link", "set", device, "up")
+        rate = f"{max(1, int(host.bytes_per_s * 8))}bit"
+        bucket = ["rate", rate, "burst", "32kb", "latency", "400ms"]
+        if host.delay_s or host.loss_ratio:
+            shape = ["netem", "delay", f"{host.delay_s * 1e3:g}ms", "loss", f"{host.loss_ratio * 100:g}%", "rate", rate]
+            run(*_enter(pid), "tc", "qdisc", "add", "dev", device, "root", *shape)
+        else:
+            run(*_enter(pid), "tc", "qdisc", "add", "dev", device, "root", "tbf", *bucket)
+    run(*_enter(node), "ip", "link", "set", "lo", "up")
+
+
+@contextmanager
+def _quota(name: str, cores: float) -> Iterator[Path]:
+    """File of a control group with a CPU quota; a process joins by writing its id into it."""
+    if (CGROUP_V1 / "cpu.cfs_quota_us").exists():
+        group, join, limit, text = CGROUP_V1 / name, "tasks", "cpu.cfs_quota_us", str(int(cores * PERIOD_US))
+    else:
+        group, join, limit = CGROUP_V2 / name, "cgroup.procs", "cpu.max"
+        text = f"{int(cores * PERIOD_US)} {PERIOD_US}"
+    group.mkdir()
+    try:
+        (group / limit).write_text(text)
+        yield group / join
+    finally:
+        for _ in range(50):
+            with suppress(OSError):
+                group.rmdir()
+                break
+            with suppress(OSError):
+                subprocess.run(["sleep", "0.1"], check=False)  # its last processes are still ending
