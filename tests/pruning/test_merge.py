@@ -156,7 +156,7 @@ def test_merging_merged_partial_sums_equals_merging_all():
 )
 @settings(max_examples=20)
 def test_merging_merged_partial_sums_equals_merging_all_whatever_the_specs_weights_and_parts(seed, clients, rule):
-    """Each client goes to one of four helpers, some of which get nobody; helpers are joined as a chain of two levels."""
+    """Each client goes to one of four helpers, some of which get nobody; they are joined in two levels."""
     model, layout = get_model("mlp", 10, 1, 8)
     previous = {k: t.clone() for k, t in model.state_dict().items()}
     flat, *helpers = (MaskedMean(previous, layout, dtype=torch.float64) for _ in range(5))
