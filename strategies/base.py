@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
@@ -19,35 +19,33 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from pruning.extract import extract
-from pruning.merge import AggregateResult, MaskedMean, is_finite
-from pruning.spec import FULL, SubModelSpec
+from pruning.merge import MaskedMean, is_finite
+from pruning.spec import SubModelSpec
 from pruning.tally import add_holders, extremes
 from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row, rebase
 from strategies.asking import choose
-from strategies.client_tests import ask_tests
+from strategies.client_tests import EVALUATION_DISPATCH, ask_tests
 from strategies.delay import compensate_report, first_mean_square
 from strategies.exchange import Arrival, Entry, Exchange, Transport
+from strategies.hooks import Hooks
 from strategies.loop import has_own_loop, in_force
 from strategies.setting import Listener, Order, Progress, Setting
+from strategies.transport import over_grid
 from strategies.versions import VersionStore
 from wire.flat import refuse
-from wire.grid import GridTransport
 from wire.message import Failure, Instruction, Report, State
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_DISPATCH = 10**9
-"""Evaluations are numbered apart, so that evaluating more often does not change what is trained."""
 
 
 class RunStoppedError(RuntimeError):
     """The run cannot go on; the last checkpoint holds everything merged so far."""
 
 
-class SubModelStrategy(Strategy):
+class SubModelStrategy(Hooks, Strategy):
     """Trains one global model on clients that hold parts of it.
 
-    Subclasses set ``name`` and ``Config`` and override hooks; the defaults are FedAvg.
+    Subclasses set ``name`` and ``Config`` and override hooks (``strategies.hooks``); the defaults are FedAvg.
 
     Parameters
     ----------
@@ -56,15 +54,6 @@ class SubModelStrategy(Strategy):
     listen : receives every row of the event log.
     keep : called after every merge with the progress and the method's state; writes the checkpoint.
     """
-
-    name: ClassVar[str]
-    Config: ClassVar[type]
-    has_global_model: ClassVar[bool] = True
-    """Whether the merged state is a model to test; if not, clients test what each of them has."""
-    sends_deltas: ClassVar[bool] = False
-    """Whether answers are differences, even where none is stale and nothing is compressed."""
-    needs_versions: bool = False
-    """Whether the method compares with the model that a client started from (``sent_state``)."""
 
     def __init__(
         self,
@@ -83,77 +72,6 @@ class SubModelStrategy(Strategy):
         self._kept_dispatch: dict[int, int] = {}
         self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
         self._versions: VersionStore | None = None
-
-    # --- what a method decides ---------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Refuse a run that makes no sense with this method; called before anything is sent, resumed or not.
-
-        Raises
-        ------
-        ConfigError
-            With the keys that contradict each other, the reason, and the remedy (see ``refuse``).
-        """
-
-    def takes_part(self, partition_id: int) -> bool:
-        """Whether a client is ever asked to train; the others are not drawn."""
-        return True
-
-    def begin(self) -> None:
-        """Called once before the first round of a fresh run; ``self.progress.state`` is the initial model."""
-
-    def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
-        """Say what each of ``clients`` is asked for; a client left out is not asked this time.
-
-        Called once a round, and with ``loop.ask = on-arrival`` again for whoever becomes free before it closes.
-        """
-        return {partition_id: Order() for partition_id in clients}
-
-    def follow_up(self, server_round: int) -> dict[int, Order]:
-        """What to ask further in the same round, told after the answers to everything asked before; {} closes it."""
-        return {}
-
-    def observe(self, arrival: Arrival, report: Report) -> None:
-        """Learn from a valid answer (update times, label counts) before it is weighed."""
-
-    def weigh(self, report: Report, staleness: int) -> float:
-        """Weight of an answer in the merge."""
-        return self.loop.weight(report.num_examples, staleness)
-
-    def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
-        """Take one checked answer into the merge; a ``ValueError`` turns the answer away before it changed anything."""
-        mean.add(report.state, report.narrowed or entry.spec, self.weigh(report, staleness))
-
-    def merge(self, mean: MaskedMean) -> AggregateResult:
-        """Close the round: what the global model becomes."""
-        return mean.finalize(self.loop.mixing_rate)
-
-    def family(self) -> dict[str, SubModelSpec]:
-        """Named sub-models worth evaluating beside the global model."""
-        return {}
-
-    def deployed(self) -> SubModelSpec:
-        """What stands for the global model in central evaluations: all of it, unless parts have never been trained."""
-        return FULL
-
-    def prediction(self) -> str:
-        """What models with exits predict with in the central evaluation: the ``deepest`` exit or the ``ensemble``."""
-        return "deepest"
-
-    def evaluation_order(self, partition_id: int) -> Order:
-        """What a client would deploy, and what it needs to be asked to test it."""
-        return Order()
-
-    def judge(self, report: Report) -> Report:
-        """Finish a client's test that it could only begin; a ``ValueError`` leaves the client out."""
-        return report
-
-    def export_state(self) -> dict[str, Any]:
-        """The method's own state for a checkpoint: JSON values, and tensors in dicts."""
-        return {}
-
-    def import_state(self, own: dict[str, Any]) -> None:
-        """Inverse of ``export_state``."""
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -181,7 +99,7 @@ class SubModelStrategy(Strategy):
         refuse(num_asked == 0, f"strategy={self.name}", "no client may take part")
         is_compressed = self.setting.job.compression.kind != "none"
         self.loop.check(num_asked, self.name if self.sends_deltas else "compression" if is_compressed else "")
-        transport = self._transport(grid)
+        transport = over_grid(grid, self.setting) if isinstance(grid, Grid) else grid
         if initial_arrays is not None and not self.progress.state:
             self.progress.state = dict(initial_arrays.to_torch_state_dict())
             self.begin()
@@ -220,24 +138,6 @@ class SubModelStrategy(Strategy):
                 self._versions.close()
         result.arrays = ArrayRecord(progress.state)
         return result
-
-    def _transport(self, grid: Grid | Transport) -> Transport:
-        if not isinstance(grid, Grid):
-            return grid
-        setting, num_clients = self.setting, self.setting.job.num_clients
-        if setting.durations is not None:  # requests queue for few workers: their time in the queue is no delay
-            return GridTransport(grid, num_clients, limits=setting.limits)
-        real = setting.deployment
-        return GridTransport(
-            grid,
-            num_clients,
-            window=num_clients,
-            time_to_live_s=setting.reply_timeout_s,  # one request at a time, so a node's own turn
-            join_timeout_s=real.join_timeout_s,
-            limits=setting.limits,
-            num_probes=real.num_probes,
-            min_clients=min(real.min_clients, num_clients),
-        )
 
     def _round(self, exchange: Exchange, server_round: int) -> int | None:
         """One round: ask, collect, merge. Returns the number of answers merged; None if the method asked nobody."""
