@@ -21,7 +21,9 @@ from strategies.only_capable import OnlyCapable
 from strategies.scaffold import Scaffold
 from strategies.scalefl import ScaleFL
 from strategies.semi_async import SemiAsync
+from strategies.sl_basic import SLBasic
 from strategies.smallest_everywhere import SmallestEverywhere
+from strategies.splitfed import SplitFed
 from strategies.ssp import SSP
 
 STRATEGIES: dict[str, type[SubModelStrategy]] = {
@@ -48,6 +50,9 @@ STRATEGIES: dict[str, type[SubModelStrategy]] = {
         DCASGD,
         DepthFL,
         ScaleFL,
+        AdaSplit,
+        SLBasic,
+        SplitFed,
     )
 }
 """Every method by the name that ``strategy = ...`` takes."""
@@ -62,6 +67,7 @@ __all__ = [
     "LOOPS",
     "SSP",
     "STRATEGIES",
+    "AdaSplit",
     "AdaptCL",
     "CoS2P",
     "DepthFL",
@@ -75,9 +81,11 @@ __all__ = [
     "FjORD",
     "HeteroFL",
     "OnlyCapable",
+    "SLBasic",
     "Scaffold",
     "ScaleFL",
     "SemiAsync",
     "SmallestEverywhere",
+    "SplitFed",
     "SubModelStrategy",
 ]

@@ -61,6 +61,8 @@ class SubModelStrategy(Strategy):
     Config: ClassVar[type]
     has_global_model: ClassVar[bool] = True
     """Whether the merged state is a model to test; if not, clients test what each of them has."""
+    needs_barrier: ClassVar[bool] = False
+    """Whether every round waits for everybody it asked: quorums and deadlines make no sense."""
     sends_deltas: ClassVar[bool] = False
     """Whether answers are differences, even where none is stale and nothing is compressed."""
     needs_versions: bool = False
@@ -82,6 +84,7 @@ class SubModelStrategy(Strategy):
         self._num_merged = 0
         self._kept_dispatch: dict[int, int] = {}
         self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
+        self._extracted_from: State = {}
         self._versions: VersionStore | None = None
 
     # --- what a method decides ---------------------------------------------------------------------------------------
@@ -338,6 +341,8 @@ class SubModelStrategy(Strategy):
         """Equal specs of one version are extracted once; the cache holds few, for specs may all differ."""
         if state is not self.progress.state:
             return extract(state, self.layout, spec)
+        if self._extracted_from is not state:
+            self._extracted, self._extracted_from = {}, state
         if spec not in self._extracted:
             if len(self._extracted) >= 8:
                 self._extracted.pop(next(iter(self._extracted)))
