@@ -1,6 +1,7 @@
 """One short file per method, and the event loop they share."""
 
 from strategies.adaptcl import AdaptCL
+from strategies.adasplit import AdaSplit
 from strategies.adp import ADP
 from strategies.base import SubModelStrategy
 from strategies.cos2p import CoS2P

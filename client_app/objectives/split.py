@@ -195,7 +195,7 @@ class _Worker:
             )
             is_all = not self.has_own_loss
             metrics["counted_bytes"] = 4.0 * activations.numel() if is_all else float(counted_bytes(activations))
-            metrics["density"] = float((activations != 0).float().mean())
+            metrics["dense_bytes"] = 4.0 * activations.numel()
         if "gradient" in self.task.companions:
             down = 4.0 * self.task.companions["gradient"].numel()
             metrics["counted_bytes"] = metrics.get("counted_bytes", 0.0) + down
