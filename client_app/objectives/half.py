@@ -85,16 +85,16 @@ class Half:
 
     Parameters
     ----------
-    task : settings ``cut``, ``seed``, ``partition``, ``learning-rate``.
-    examples : of the client.
+    task : settings ``cut``, ``seed``, ``partition``, ``learning-rate``; its examples are those that are trained on.
+    image_shape : [channels, height, width].
+    device : where to work.
     memory : as ``export`` gave it; empty for a client that begins.
     """
 
-    def __init__(self, task: Task, examples: Examples, memory: Mapping[str, Any]) -> None:
-        self.task, self.examples = task, examples
+    def __init__(self, task: Task, image_shape: Sequence[int], device: torch.device, memory: Mapping[str, Any]) -> None:
+        self.task = task
         self.key = (int(task.settings["seed"]), int(task.settings["partition"]))
-        self.plan = plan_of(task.full, str(task.settings["cut"]), tuple(examples.x.shape[1:]))
-        device = examples.x.device
+        self.plan = plan_of(task.full, str(task.settings["cut"]), tuple(image_shape))
         self.part: Part = copy.deepcopy(self.plan.cut.client).to_empty(device=device)
         self.head = self._fresh(lambda: make_head(self.plan.shape)).to(device)
         self.optimizer = self.renew_optimizer()
@@ -109,6 +109,12 @@ class Half:
             received = task.model.state_dict()
             self.part.load_state_dict({key: received[key] for key in self.part.state_dict()})
         self.set_rate(float(task.settings["learning-rate"]))
+
+    @property
+    def examples(self) -> Examples:
+        """What is trained on."""
+        assert self.task.examples is not None
+        return self.task.examples
 
     def export(self) -> dict[str, Any]:
         """What the client must find again."""

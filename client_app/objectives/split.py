@@ -70,9 +70,8 @@ class _Worker:
     """One request carried out."""
 
     def __init__(self, task: Task, has_own_loss: bool) -> None:
-        assert task.examples is not None
         self.task, self.has_own_loss, self.settings = task, has_own_loss, task.settings
-        self.half = Half(task, task.examples, _latest(task))
+        self.half = _half(task, task.examples)
         self.uploaded = _Uploaded()
         self.losses: list[float] = []
         self.macs, self.num_seen, self.num_left = 0.0, 0, 0
@@ -211,6 +210,11 @@ class _Worker:
         )
 
 
+def _half(task: Task, examples: Examples | None) -> Half:
+    assert examples is not None
+    return Half(task, examples.x.shape[1:], examples.x.device, _latest(task))
+
+
 def _latest(task: Task) -> Mapping[str, Any]:
     """What the client has done last: with an answer that was merged, or on its own."""
     if task.memory:
@@ -221,12 +225,9 @@ def _latest(task: Task) -> Mapping[str, Any]:
 def _tested(task: Task) -> Objective:
     """The test: activations for the server, or the whole chain here where the server's half came along."""
 
-    def part_of(examples: Examples) -> Half:
-        return Half(task, examples, _latest(task))
-
     @torch.no_grad()
     def upload(examples: Examples) -> Findings:
-        part = part_of(examples).part.eval()
+        part = _half(task, examples).part.eval()
         made = [part(examples.batch(slice(i, i + TEST_BATCH))[0]) for i in range(0, len(examples), TEST_BATCH)]
         activations = torch.cat(made).cpu()
         packed = pack_upload(
@@ -246,9 +247,7 @@ def _whole_chain(task: Task) -> Objective:
 
     def predict(x: Tensor) -> Tensor:
         if not chain:
-            nothing = torch.zeros(1)
-            examples = Examples(x[:1], torch.zeros(1, dtype=torch.int64), nothing, nothing)
-            half = Half(task, examples, _latest(task))
+            half = Half(task, x.shape[1:], x.device, _latest(task))
             server = copy.deepcopy(half.plan.cut.server).to_empty(device=x.device)
             server.load_state_dict(dict(task.companions))
             chain.extend([half.part.eval(), server.eval()])
