@@ -79,7 +79,8 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
         return _evaluate(instruction, task, test.to(device))
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
-    site.check_memory(cost.peak_memory_bytes(min(job.train.batch_size, len(train)), int(job.train.momentum > 0)))
+    if not instruction.is_partial:  # of a part, the whole model's memory says nothing
+        site.check_memory(cost.peak_memory_bytes(min(job.train.batch_size, len(train)), int(job.train.momentum > 0)))
     return _train(instruction, job, task, cost, store, memory)
 
 
@@ -107,7 +108,7 @@ def _train(
     began = time.perf_counter()
     objective = make_objective(instruction.objective, task)
     fitted = objective.train(task.examples) if objective.train is not None else fit(task, objective, task.examples)
-    if not math.isfinite(fitted.metrics["loss"]):
+    if not math.isfinite(fitted.metrics.get("loss", 0.0)):
         raise TrainingError(
             f"client {instruction.partition_id}: the loss became {fitted.metrics['loss']}; lower the learning rate"
         )

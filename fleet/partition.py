@@ -39,6 +39,8 @@ def partition_labels(
                                   random, make a client (the way of Co-S2P's authors; how many they merge is our guess)
     ``pathological:CLASSES``      label-sorted shards, CLASSES a client (McMahan et al., 2017); shards never cross
                                   labels, so that no client sees more than CLASSES of them (as in HeteroFL's code)
+    ``label-blocks:CLASSES``      consecutive labels, CLASSES a client: client i gets the block i, or with more clients
+                                  than blocks a share of block i modulo their number
     ``quantity:SIGMA``            labels at random, sizes proportional to log-normal draws, exp(SIGMA z)
     ============================  ==================================================================================
 
@@ -82,7 +84,7 @@ def partition_labels(
         raise
     except FleetError as error:
         raise PartitionError(str(error)) from None
-    if head != "pathological":
+    if head not in ("pathological", "label-blocks"):
         _fill_up(parts, min_size, rng)
     elif (smallest := min(len(part) for part in parts)) < min_size:
         raise PartitionError(
@@ -255,6 +257,25 @@ def _pathological(classes: IndexArray, num_clients: int, parameter: str, rng: np
     return [np.concatenate(part) for part in parts]
 
 
+def _label_blocks(classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator) -> list[IndexArray]:
+    per_client = parse_count(f"partition 'label-blocks:{parameter}'", parameter, 1)
+    present = np.unique(classes)
+    num_blocks = ceil(len(present) / per_client)
+    if num_clients < num_blocks:
+        raise PartitionError(
+            f"partition 'label-blocks:{parameter}': {len(present)} labels are {num_blocks} blocks, got {num_clients} "
+            "clients; use as many clients, or more labels a block"
+        )
+    parts: list[IndexArray] = [np.empty(0, np.int64)] * num_clients
+    for block in range(num_blocks):
+        held = np.isin(classes, present[block * per_client : (block + 1) * per_client])
+        owners = range(block, num_clients, num_blocks)
+        members = rng.permutation(np.flatnonzero(held))
+        for client, part in zip(owners, np.array_split(members, len(owners)), strict=True):
+            parts[client] = part
+    return parts
+
+
 def _shards_per_label(counts: NDArray[np.int64], num_shards: int) -> NDArray[np.int64]:
     """Give each label one shard, and every further one to the label whose shards are largest (D'Hondt)."""
     shards = np.ones(len(counts), np.int64)
@@ -277,6 +298,7 @@ _SCHEMES: dict[str, Callable[[IndexArray, int, str, np.random.Generator], list[I
     "balanced-dirichlet": _balanced_dirichlet,
     "pathological": _pathological,
     "quantity": _quantity,
+    "label-blocks": _label_blocks,
 }
 
 

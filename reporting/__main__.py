@@ -46,10 +46,12 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument(
         "--target", type=float, action="append", default=[], help="accuracy from 0 to 1 to time; may be repeated"
     )
+    parser.add_argument("--max-bytes", type=float, help="byte budget of the C3-Score (default: the largest)")
+    parser.add_argument("--max-macs", type=float, help="client MAC budget of the C3-Score (default: the largest)")
     options = parser.parse_args(arguments)
     from reporting.compare import compare
 
-    html_path, text = compare(options.run_folders, options.out, options.target)
+    html_path, text = compare(options.run_folders, options.out, options.target, options.max_bytes, options.max_macs)
     print(text)
     print(html_path)
     return 0

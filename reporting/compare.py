@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reporting.c3 import TEMPERATURE, score_runs
 from reporting.curve import Point, accuracy_curve, last_within
 from reporting.log import RunLog, read_events
 from reporting.page import Column, Section, fill
@@ -24,7 +25,13 @@ class CompareError(ValueError):
     """The runs cannot be set side by side."""
 
 
-def compare(run_folders: Sequence[str | Path], out: str | Path, targets: Sequence[float] = ()) -> tuple[Path, str]:
+def compare(
+    run_folders: Sequence[str | Path],
+    out: str | Path,
+    targets: Sequence[float] = (),
+    max_bytes: float | None = None,
+    max_macs: float | None = None,
+) -> tuple[Path, str]:
     """Compare runs and write ``comparison.html`` and ``comparison.json`` into folder ``out``, atomically.
 
     Returns the path of the page and a plain table for the terminal.
@@ -33,9 +40,11 @@ def compare(run_folders: Sequence[str | Path], out: str | Path, targets: Sequenc
     ----------
     run_folders : two or more run folders; speed-ups are against the first.
     targets : accuracies (0 to 1) for time-to-accuracy, beside 95 % of the best accuracy of the first run.
+    max_bytes, max_macs : budgets of the C3-Score (``reporting.c3``); None for the largest of the runs.
 
     Raises
     ------
+    C3Error : a budget that is not positive.
     CompareError : fewer than two runs, a run without any accuracy, or a target outside (0, 1].
     LogError : a log cannot be read.
     """
@@ -53,6 +62,7 @@ def compare(run_folders: Sequence[str | Path], out: str | Path, targets: Sequenc
                 "leave it out or wait for its first evaluation"
             )
     numbers = compare_numbers(logs, curves, targets, [str(folder) for folder in run_folders])
+    numbers |= score_runs(logs, numbers["runs"], max_bytes, max_macs)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / COMPARISON_JSON, numbers)
@@ -165,7 +175,7 @@ def _overview(numbers: dict[str, Any]) -> tuple[tuple[Column, ...], tuple[tuple[
     ]
     for row in targets:
         columns += [(f"to {format_percent(row['accuracy'])}", False), ("speed-up", False)]
-    columns += [("bytes", False), ("MACs", False), ("waiting", False)]
+    columns += [("bytes", False), ("MACs", False), ("C3", False), ("waiting", False)]
     rows = []
     for run in numbers["runs"]:
         cells = [run["label"], format_percent(run["final_accuracy"]), format_percent(run["best_accuracy"])]
@@ -185,6 +195,7 @@ def _overview(numbers: dict[str, Any]) -> tuple[tuple[Column, ...], tuple[tuple[
         cells += [
             format_bytes(run["download_bytes"] + run["upload_bytes"]),
             format_count(run["train_macs"]),
+            MISSING if run["c3"] is None else f"{run['c3'][f'c3_t{TEMPERATURE:g}']:.3f}",
             format_percent(run["straggler_wait_ratio"], 0),
         ]
         rows.append(tuple(cells))
@@ -196,7 +207,9 @@ def _explain(numbers: dict[str, Any]) -> str:
         f"= rounds: accuracy after {numbers['equal_rounds']} rounds, and the speed-up in time for them; "
         f"= time: accuracy after {format_seconds(numbers['equal_time_s'])}; "
         f"= bytes: accuracy after {format_bytes(numbers['equal_bytes'])} both ways. "
-        f"First target: {numbers['runs'][0]['targets'][0]['target']}. Speed-ups are against {numbers['first']}."
+        f"First target: {numbers['runs'][0]['targets'][0]['target']}. Speed-ups are against {numbers['first']}. "
+        f"C3: accuracy times exp(-(bytes / {format_bytes(numbers['c3_max_bytes'])} + MACs / "
+        f"{format_count(numbers['c3_max_macs'])}) / {TEMPERATURE:g})."
     )
 
 

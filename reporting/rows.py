@@ -71,6 +71,7 @@ class Arrival:
     widths: Mapping[str, int] = field(default_factory=dict)
     depth: int | None = None
     measured_compute_s: float | None = None
+    counted_bytes: float | None = None
     wall_s: float = 0.0
     line: int = 0
 

@@ -1,6 +1,7 @@
 """One short file per method, and the event loop they share."""
 
 from strategies.adaptcl import AdaptCL
+from strategies.adasplit import AdaSplit
 from strategies.adp import ADP
 from strategies.base import SubModelStrategy
 from strategies.cos2p import CoS2P
@@ -21,7 +22,9 @@ from strategies.only_capable import OnlyCapable
 from strategies.scaffold import Scaffold
 from strategies.scalefl import ScaleFL
 from strategies.semi_async import SemiAsync
+from strategies.sl_basic import SLBasic
 from strategies.smallest_everywhere import SmallestEverywhere
+from strategies.splitfed import SplitFed
 from strategies.ssp import SSP
 
 STRATEGIES: dict[str, type[SubModelStrategy]] = {
@@ -48,6 +51,9 @@ STRATEGIES: dict[str, type[SubModelStrategy]] = {
         DCASGD,
         DepthFL,
         ScaleFL,
+        AdaSplit,
+        SLBasic,
+        SplitFed,
     )
 }
 """Every method by the name that ``strategy = ...`` takes."""
@@ -62,6 +68,7 @@ __all__ = [
     "LOOPS",
     "SSP",
     "STRATEGIES",
+    "AdaSplit",
     "AdaptCL",
     "CoS2P",
     "DepthFL",
@@ -75,9 +82,11 @@ __all__ = [
     "FjORD",
     "HeteroFL",
     "OnlyCapable",
+    "SLBasic",
     "Scaffold",
     "ScaleFL",
     "SemiAsync",
     "SmallestEverywhere",
+    "SplitFed",
     "SubModelStrategy",
 ]

@@ -71,6 +71,7 @@ class SubModelStrategy(Hooks, Strategy):
         self._num_merged = 0
         self._kept_dispatch: dict[int, int] = {}
         self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
+        self._extracted_from: State = {}
         self._versions: VersionStore | None = None
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -238,6 +239,8 @@ class SubModelStrategy(Hooks, Strategy):
         """Equal specs of one version are extracted once; the cache holds few, for specs may all differ."""
         if state is not self.progress.state:
             return extract(state, self.layout, spec)
+        if self._extracted_from is not state:
+            self._extracted, self._extracted_from = {}, state
         if spec not in self._extracted:
             if len(self._extracted) >= 8:
                 self._extracted.pop(next(iter(self._extracted)))

@@ -34,6 +34,8 @@ class Hooks:
     Config: ClassVar[type]
     has_global_model: ClassVar[bool] = True
     """Whether the merged state is a model to test; if not, clients test what each of them has."""
+    needs_barrier: ClassVar[bool] = False
+    """Whether every round waits for everybody it asked: quorums and deadlines make no sense."""
     sends_deltas: ClassVar[bool] = False
     """Whether answers are differences, even where none is stale and nothing is compressed."""
     needs_versions: bool = False

@@ -21,8 +21,10 @@ CULPRIT = 1
 
 def is_due(instruction: Instruction) -> bool:
     """Whether this is the request that goes wrong; a round may ask several times."""
-    is_first = instruction.server_round == 1 and instruction.dispatch < instruction.job.num_clients
-    return instruction.action == "train" and instruction.partition_id == CULPRIT and is_first
+    if instruction.action != "train" or (instruction.partition_id, instruction.server_round) != (CULPRIT, 1):
+        return False
+    is_first_step = instruction.settings.get("start") == 0  # split learning asks one client after the other
+    return instruction.dispatch < instruction.job.num_clients or is_first_step
 
 
 def works(instruction: Instruction) -> Report:
@@ -52,12 +54,16 @@ def hangs(instruction: Instruction) -> Report:
 
 
 def _with_state(report: Report, **changes: torch.Tensor | None) -> Report:
-    state: dict[str, Any] = {**report.state, **{k.replace("__", "."): v for k, v in changes.items()}}
-    return replace(report, state={k: v for k, v in state.items() if v is not None})
+    name = "state" if report.state else "companions"
+    tensors: dict[str, Any] = {**getattr(report, name), **{k.replace("__", "."): v for k, v in changes.items()}}
+    return replace(report, **{name: {k: v for k, v in tensors.items() if v is not None}})
 
 
 def _first(report: Report) -> tuple[str, torch.Tensor]:
-    return next((k, t) for k, t in report.state.items() if t.dim() > 1)
+    """A weight, or what is sent where there are none."""
+    if report.state:
+        return next((k, t) for k, t in report.state.items() if t.dim() > 1)
+    return next((k, t) for k, t in report.companions.items() if t.is_floating_point())
 
 
 def _spoil(kind: str, report: Report) -> Report:

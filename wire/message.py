@@ -47,8 +47,8 @@ class DataConfig:
     download : let torchvision or the hub download them.
     partition : ``iid``, ``dirichlet:ALPHA`` (labels and sizes differ), ``balanced-dirichlet:ALPHA`` (labels differ,
         sizes do not: update times then tell devices apart, not data), ``merged-dirichlet:ALPHA``,
-        ``pathological:CLASSES``, ``quantity:SIGMA``, or in deployment ``own``: each device has a share of its own,
-        which the server never sees.
+        ``pathological:CLASSES``, ``label-blocks:CLASSES``, ``quantity:SIGMA``, or in deployment ``own``: each device
+        has a share of its own, which the server never sees.
     min_size : least examples of a client.
     test_ratio : share of its examples that a client keeps for its own test.
     max_train : use only this many training examples; 0 for all.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wire.message import TrainConfig
 from wire.sgd import SGD, Optimizer
@@ -22,6 +22,22 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter], lear
     nesterov = config.nesterov and config.momentum > 0
     kind = SGD if all(parameter.device.type in ("cpu", "meta") for parameter in owned) else torch.optim.SGD
     return kind(owned, lr=learning_rate, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay)
+
+
+def make_saved_optimizer(
+    config: TrainConfig, parameters: Iterable[Tensor], learning_rate: float, fused: bool = False
+) -> torch.optim.Optimizer:
+    """The same as PyTorch's own, whose moments can be saved; ``fused`` runs it in one pass over memory."""
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.SGD(
+        parameters,
+        lr=learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
 
 
 def learning_rate(config: TrainConfig, server_round: int, num_rounds: int) -> float:

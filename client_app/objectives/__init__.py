@@ -20,11 +20,13 @@ from client_app.objectives.masks import mask_learning
 from client_app.objectives.nested import nested
 from client_app.objectives.ordered_dropout import ordered_dropout
 from client_app.objectives.sparsity import sparse
+from client_app.objectives.split import contrastive, split
 from wire.flat import nearest
 
 Kind = TypeVar("Kind")
 
 OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
+    "contrastive": contrastive,
     "cross-entropy": cross_entropy,
     "deepest-teaches": deepest_teaches,
     "exits": exits,
@@ -33,6 +35,7 @@ OBJECTIVES: Mapping[str, Callable[[Task], Objective]] = {
     "mutual": mutual,
     "nested": nested,
     "ordered-dropout": ordered_dropout,
+    "split": split,
 }
 """Every base by the name that instructions use."""
 

@@ -63,6 +63,8 @@ every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 def settings_of(name: str, mode: str) -> dict[str, Any]:
     """Settings of a run in a mode; a method that is a loop of its own has no other mode."""
+    if mode == "semi-async" and STRATEGIES[name].needs_barrier:
+        pytest.skip(f"the rounds of {name} wait for everybody")
     settings = {"num-rounds": 6} if mode == "sync" else SEMI_ASYNC
     return {key: value for key, value in settings.items() if name not in LOOPS or not key.startswith("loop.")}
 
@@ -97,7 +99,8 @@ def test_it_runs_and_learns(name, tmp_path):
     rows = tiny_run(
         tmp_path / "run", strategy=name, num_rounds=num_rounds, train__learning_rate=0.1, adaptcl__pruning_interval=4
     )
-    accuracies = [row["accuracy"] for row in select(rows, "evaluation", where="central")]
+    where = "central" if STRATEGIES[name].has_global_model else "federated"
+    accuracies = [row["accuracy"] for row in select(rows, "evaluation", where=where)]
     assert accuracies[0] < 0.3
     assert max(accuracies) > 0.75
     assert select(rows, "end")[0]["status"] == "completed"

@@ -1,0 +1,321 @@
+"""AdaSplit against SL-basic, SplitFed, FedAvg, FedProx, SCAFFOLD and FedNova: accuracy, bandwidth, client compute, C3.
+
+    python -m bench.adasplit                          # everything; resumable; stops starting runs after --hours (6)
+    python -m bench.adasplit --part compare --benchmark mixed-cifar
+    python -m bench.adasplit --part sweeps
+    python -m bench.adasplit --quick                  # a small version on digits, about two minutes
+
+Mixed-CIFAR: CIFAR-10 as five disjoint pairs of classes. Mixed-NonIID: five tasks of five classes from five data sets
+(``bench.mixed``; the images are not part of the project). Every client answers among its own classes: its identity is
+known when it is tested. iid: the same images of CIFAR-10 dealt out at random, where end-to-end methods are at home.
+
+Equal tuning: every method gets the same three trials of its learning rate, on a seed that is used for nothing else,
+under Adam where it can (SCAFFOLD and FedNova are defined for SGD and get theirs there). Equal samples, augmentation
+(none) and rounds. Budgets of C3: the largest spending of the compared methods, per benchmark; other temperatures and
+counted bandwidth stand beside. Every run is kept in results/bench/adasplit; one that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS, finish, num_cores, print_table
+from bench.common import options as common_options
+from bench.mixed import has_data
+from reporting.c3 import TEMPERATURE, Spending, budgets_of, scores, spending_of
+from reporting.log import read_events
+from wire.flat import Scalar
+
+Keys = dict[str, Scalar]
+
+BENCHMARKS: dict[str, Keys] = {
+    "mixed-cifar": {"data.name": "bench.mixed:mixed_cifar", "data.partition": "label-blocks:2"},
+    "mixed-noniid": {"data.name": "bench.mixed:mixed_noniid", "data.partition": "label-blocks:5"},
+    "iid": {"data.name": "bench.mixed:mixed_cifar", "data.partition": "iid"},
+    "digits": {"data.name": "digits", "data.partition": "label-blocks:2"},
+}
+ADAM, SGD = (1e-3, 3e-4, 3e-3), (0.03, 0.01, 0.1)
+METHODS: dict[str, tuple[Keys, str]] = {
+    "adasplit": ({"strategy": "adasplit"}, "adam"),
+    "sl-basic": ({"strategy": "sl-basic"}, "adam"),
+    "splitfed": ({"strategy": "splitfed"}, "adam"),
+    "fedavg": ({"strategy": "fedavg"}, "adam"),
+    "fedprox": ({"strategy": "fedprox"}, "adam"),
+    "scaffold": ({"strategy": "scaffold", "train.momentum": 0.0}, "sgd"),
+    "fednova": ({"strategy": "fednova", "train.momentum": 0.0}, "sgd"),
+}
+ABLATIONS: dict[str, Keys] = {
+    "no masks": {"adasplit.mask.kind": "none"},
+    "hard masks": {"adasplit.mask.kind": "hard"},
+    "random selection": {"adasplit.selection": "random"},
+    "random client half": {"adasplit.train-client": False},
+    "hand-off": {"adasplit.exchange": "exact", "adasplit.client-sync": "handoff"},
+    "server gradient": {"adasplit.exchange": "exact", "adasplit.server-gradient": True},
+    "averaged halves": {"adasplit.client-sync": "average"},
+    "frozen exchange": {"adasplit.exchange": "frozen"},
+    "fp16": {"adasplit.precision": "fp16"},
+    "ucb, 50 clients": {"num-clients": 50},
+    "random, 50 clients": {"num-clients": 50, "adasplit.selection": "random"},
+}
+SWEEPS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
+    "kappa": ("adasplit.kappa", (0.3, 0.45, 0.6, 0.75, 0.9)),
+    "eta": ("adasplit.eta", (0.2, 0.4, 0.6, 0.8, 1.0)),
+    "cut": ("adasplit.cut", ("1", "2", "3", "4")),
+    "beta": ("adasplit.beta", (0.0, 1e-7, 1e-6, 1e-5)),
+}
+PUBLISHED: dict[str, dict[str, tuple[float, float, float, float]]] = {
+    "mixed-cifar": {
+        "adasplit": (0.9163, 3.63, 2.38, 0.880),
+        "sl-basic": (0.7093, 25.98, 1.66, 0.624),
+        "splitfed": (0.6576, 29.51, 1.66, 0.570),
+        "fedavg": (0.9161, 2.39, 11.77, 0.800),
+        "fedprox": (0.9255, 2.39, 11.77, 0.808),
+    },
+    "mixed-noniid": {
+        "adasplit": (0.8888, 9.71, 5.38, 0.842),
+        "sl-basic": (0.8465, 84.64, 3.76, 0.727),
+        "splitfed": (0.8464, 84.54, 3.76, 0.727),
+        "fedavg": (0.8421, 2.39, 17.13, 0.741),
+        "fedprox": (0.8509, 2.39, 17.13, 0.748),
+    },
+}
+"""Benchmark -> method -> accuracy, GB, client TMAC, C3 (five clients, five seeds, all images)."""
+TUNING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a method, or AdaSplit with something changed."""
+
+    benchmark: str
+    method: str
+    variant: str
+    seed: int
+    rate: float
+
+    @property
+    def file_name(self) -> str:
+        """Where its outcome is kept."""
+        words = f"{self.benchmark}_{self.method}_{self.variant or 'plain'}_lr{self.rate:g}_seed{self.seed}"
+        return words.replace(" ", "-").replace(",", "") + ".json"
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what is missing and the time allows, print the tables, draw the curves."""
+    parser = common_options("adasplit", __doc__)
+    parser.add_argument("--part", action="append", choices=("compare", "ablations", "sweeps"))
+    parser.add_argument("--benchmark", action="append", choices=[name for name in BENCHMARKS if name != "digits"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--images", type=int, default=2000, help="of a client (default 2000; the paper has 12,000)")
+    parser.add_argument("--hours", type=float, default=6.0, help="no run is started after so long")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--store", type=Path, default=RESULTS.parents[1] / "results" / "bench" / "adasplit")
+    chosen = parser.parse_args(arguments)
+    chosen.part = chosen.part or ["compare", "ablations", "sweeps"]
+    chosen.benchmark = chosen.benchmark or ["mixed-cifar", "mixed-noniid", "iid"]
+    if chosen.quick:
+        chosen.part, chosen.benchmark, chosen.seeds, chosen.rounds = ["compare"], ["digits"], 1, 5
+        chosen.store = chosen.store.with_name("adasplit-quick")
+    elif not has_data():
+        parser.error("the images are not there: set PRUNUS_DATA to the folder that holds their load.py, or use --quick")
+    chosen.store.mkdir(parents=True, exist_ok=True)
+    os.environ["MIXED_IMAGES"] = str(chosen.images)
+    deadline = time.monotonic() + chosen.hours * 3600
+    tables = [table for name in chosen.benchmark for table in tables_of(name, chosen, deadline)]
+    for table in tables:
+        print_table(table["title"], table["rows"])
+    return finish("adasplit", chosen, {"tables": tables, "budget_hours": chosen.hours}, seeds=range(chosen.seeds))
+
+
+def tables_of(benchmark: str, chosen: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+    """Everything that was asked for on one benchmark."""
+    rates = tuned(benchmark, chosen, deadline)
+    made = []
+    if "compare" in chosen.part:
+        cases = [Case(benchmark, m, "", seed, rates[m]) for m in METHODS for seed in range(chosen.seeds)]
+        run_missing(cases, chosen, deadline)
+        made.append({"title": f"{benchmark}: methods", "rows": rows_of(benchmark, cases, chosen)})
+    rate = rates["adasplit"]
+    if "ablations" in chosen.part and benchmark == "mixed-cifar":
+        cases = [Case(benchmark, "adasplit", v, seed, rate) for v in ("", *ABLATIONS) for seed in range(chosen.seeds)]
+        run_missing(cases, chosen, deadline)
+        made.append({"title": f"{benchmark}: ablations of AdaSplit", "rows": rows_of(benchmark, cases, chosen)})
+    if "sweeps" in chosen.part and benchmark == "mixed-cifar":
+        for name, (_, values) in SWEEPS.items():
+            cases = [Case(benchmark, "adasplit", f"{name} {value}", 0, rate) for value in values]
+            run_missing(cases, chosen, deadline)
+            rows = rows_of(benchmark, cases, chosen)
+            made.append({"title": f"{benchmark}: {name}", "rows": rows})
+            draw(name, rows, chosen.store / f"{benchmark}-{name}.svg")
+    return made
+
+
+def tuned(benchmark: str, chosen: argparse.Namespace, deadline: float) -> dict[str, float]:
+    """The best of three learning rates of every method, on a seed of its own and half of the rounds."""
+    trials = {m: ADAM if kind == "adam" else SGD for m, (_, kind) in METHODS.items()}
+    if chosen.quick:
+        return {m: values[0] for m, values in trials.items()}
+    wanted = list(METHODS) if "compare" in chosen.part else ["adasplit"]
+    cases = {m: [Case(benchmark, m, "", TUNING_SEED, rate) for rate in trials[m]] for m in wanted}
+    run_missing([case for group in cases.values() for case in group], chosen, deadline)
+    best = {m: values[0] for m, values in trials.items()}
+    for m, group in cases.items():
+        known = {case.rate: load(case, chosen) for case in group}
+        found = {rate: run["accuracy"] for rate, run in known.items() if run is not None}
+        best[m] = max(found, key=lambda rate: (found[rate], -rate)) if found else best[m]
+    return best
+
+
+def keys_of(case: Case, chosen: argparse.Namespace) -> Keys:
+    """The run config of a case."""
+    own, optimizer = METHODS[case.method]
+    keys: Keys = {
+        **BENCHMARKS[case.benchmark],
+        "model.name": "lenet",
+        "num-clients": 5,
+        "num-rounds": chosen.rounds // 2 if case.seed == TUNING_SEED else chosen.rounds,
+        "data.test-ratio": 0.1 if case.benchmark != "digits" else 0.2,
+        "data.seed": case.seed,
+        "seed": case.seed,
+        "train.optimizer": optimizer,
+        "train.learning-rate": case.rate,
+        "train.weight-decay": 1e-5,
+        "evaluation.where": "federated",
+        "evaluation.own-classes": True,
+        "evaluation.every": chosen.rounds,
+        "fleet.name": "uniform",
+        "num-workers": 1,
+        **own,
+    }
+    if case.variant in ABLATIONS:
+        keys |= ABLATIONS[case.variant]
+    elif case.variant:
+        name, _, _ = case.variant.partition(" ")
+        key, values = SWEEPS[name]
+        keys[key] = next(value for value in values if f"{name} {value}" == case.variant)
+    if keys["num-clients"] != 5 and case.benchmark == "mixed-cifar":
+        keys["data.partition"] = "label-blocks:2"  # ten clients share a pair
+    return keys
+
+
+def run_missing(cases: Sequence[Case], chosen: argparse.Namespace, deadline: float) -> None:
+    """Run every case whose outcome is not kept yet, ``workers`` at once, until the budget is used up."""
+    missing = [case for case in cases if not (chosen.store / case.file_name).exists()]
+    jobs = [(case, keys_of(case, chosen), str(chosen.store), deadline) for case in missing]
+    if not jobs:
+        return
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(min(chosen.workers, len(jobs)), maxtasksperchild=4) as pool:
+        for done, (case, note) in enumerate(pool.imap_unordered(run_case, jobs), 1):
+            left_s = (time.monotonic() - began) / done * (len(jobs) - done)
+            print(f"[{done}/{len(jobs)}] {case.file_name} {note}; about {left_s / 60:.0f} min left", flush=True)
+
+
+def run_case(job: tuple[Case, Keys, str, float]) -> tuple[Case, str]:
+    """One run in a process of its own; keeps its outcome atomically."""
+    case, keys, store, deadline = job
+    if time.monotonic() > deadline:
+        return case, "left out: the budget is used up"
+    from server_app.config import parse
+    from server_app.local import run_local
+
+    folder = Path(store) / "runs" / case.file_name.removesuffix(".json") / str(os.getpid())
+    began = time.monotonic()
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stderr = sys.stdout = nowhere
+        try:
+            run_local(parse({**keys, "run-dir": str(folder)}), show=lambda line: None)
+        except Exception as error:  # a run that diverges is a result, and no reason to lose the others
+            return case, f"failed: {type(error).__name__}: {error}"
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    spent = spending_of(read_events(folder))
+    if spent is None:
+        return case, "failed: no accuracy"
+    target = Path(store) / case.file_name
+    part = target.with_suffix(".part")
+    outcome = {**spent.__dict__, "wall_s": time.monotonic() - began}
+    part.write_text(json.dumps(outcome))
+    part.replace(target)
+    return case, f"accuracy {spent.accuracy:.3f}"
+
+
+def load(case: Case, chosen: argparse.Namespace) -> dict[str, Any] | None:
+    """A kept outcome; None if the run was left out or failed."""
+    path = chosen.store / case.file_name
+    if not path.exists():
+        return None
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept
+
+
+def rows_of(benchmark: str, cases: Sequence[Case], chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per method or variant: means over seeds; C3 under budgets that are the largest mean spending."""
+    groups: dict[tuple[str, str], list[Spending]] = {}
+    for case in cases:
+        outcome = load(case, chosen)
+        if outcome is not None:
+            fields = {key: outcome[key] for key in ("accuracy", "total_bytes", "counted_bytes", "train_macs")}
+            groups.setdefault((case.method, case.variant), []).append(Spending(**fields))
+    means = {key: mean_spending(runs) for key, runs in groups.items()}
+    budgets = budgets_of(list(means.values()))
+    rows = []
+    for (method, variant), spent in means.items():
+        runs = groups[method, variant]
+        found = scores(spent, budgets)
+        row: dict[str, Any] = {
+            "method": variant or method,
+            "accuracy": spent.accuracy,
+            "spread": statistics.stdev(run.accuracy for run in runs) if len(runs) > 1 else None,
+            "GB": spent.total_bytes / 1e9,
+            "GB counted": spent.counted_bytes / 1e9,
+            "client TMAC": spent.train_macs / 1e12,
+            **{f"C3 (T {name.removeprefix('c3_t')})": value for name, value in found.items() if "counted" not in name},
+            "C3 counted": found[f"c3_counted_t{TEMPERATURE:g}"],
+            "seeds": len(runs),
+        }
+        published = PUBLISHED.get(benchmark, {}).get(method) if not variant else None
+        if published:
+            row["published accuracy, GB, TMAC, C3"] = "  ".join(f"{value:g}" for value in published)
+        rows.append(row)
+    return rows
+
+
+def mean_spending(runs: Sequence[Spending]) -> Spending:
+    """The mean over seeds."""
+    return Spending(*(statistics.fmean(getattr(run, name) for run in runs) for name in Spending.__dataclass_fields__))
+
+
+def draw(name: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy and bandwidth over one knob."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, left = pyplot.subplots(figsize=(4.5, 3), layout="constrained")
+    right = left.twinx()
+    labels = [str(row["method"]).removeprefix(f"{name} ") for row in rows]
+    left.plot(labels, [row["accuracy"] for row in rows], marker="o", color="#1f5fa8")
+    right.plot(labels, [row["GB counted"] for row in rows], marker="s", linestyle="--", color="#b5541c")
+    left.set_xlabel(name)
+    left.set_ylabel("accuracy", color="#1f5fa8")
+    right.set_ylabel("GB counted", color="#b5541c")
+    right.set_ylim(bottom=0)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The server of split learning: samples a second with masks and without, clients it keeps up with, memory it holds.
+
+    python -m bench.split_server              # about three minutes
+    python -m bench.split_server --quick
+
+The LeNet-like model of AdaSplit, cut behind its first layer, batches of 32. *Masked replay* is a step of the shared
+weights and of one client's mask; the *unmasked step* is the same server without masks. Steps of different kinds take
+turns, and the fastest half of each counts, so that other work on the machine touches them alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bench.common import finish, in_fresh_process, options, peak_bytes, print_table, settle
+from strategies.split.masks import MaskConfig
+from strategies.split.replay import Replay, Work, held_bytes
+from strategies.split.server import SplitServer
+from wire.message import TrainConfig
+from zoo import get_model
+from zoo.cut import CutModel, cut_model, smashed_shape
+
+BATCH, IMAGE, CUT = 32, (3, 32, 32), "1"
+TRAIN = TrainConfig(optimizer="adam", learning_rate=1e-3, weight_decay=1e-5, batch_size=BATCH)
+KINDS = ("none", "soft", "hard")
+TARGET_RATIO = 0.7
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print the tables, keep the figures."""
+    parsed = options("split_server", __doc__).parse_args(arguments)
+    torch.set_num_threads(1)
+    width = 0.25 if parsed.quick else 1.0
+    num_steps = 6 if parsed.quick else 60
+    rows = throughput(width, num_steps, parsed.seed)
+    print_table("Server steps, LeNet cut behind its first layer, one thread", rows)
+    crowd = keeping_up(width, 50, 2 if parsed.quick else 6, parsed.seed)
+    print_table("50 clients with a mask each", [crowd])
+    bounds = [2**20, 2**21] if parsed.quick else [2**22, 2**24]
+    memory = [in_fresh_process(memory_at, bound, 3, width, parsed.seed) for bound in bounds]
+    print_table("Memory while 3 clients upload and the server replays", memory)
+    return finish("split_server", parsed, {"rows": rows, "crowd": crowd, "memory": memory})
+
+
+def make(kind: str, width: float, seed: int) -> tuple[SplitServer, tuple[int, ...]]:
+    """A server's half, and the shape of one sample's activations."""
+    torch.manual_seed(seed)
+    full, _ = get_model("lenet", 10, IMAGE[0], IMAGE[1], width=width)
+    state = {key: tensor.clone() for key, tensor in full.state_dict().items()}
+    cut: CutModel = cut_model(full.to("meta"), CUT)
+    return SplitServer(cut, state, MaskConfig(kind=kind), TRAIN), smashed_shape(cut.client, IMAGE)
+
+
+def batch(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations as they are behind a ReLU, and labels."""
+    return torch.randn(BATCH, *shape, generator=generator).relu_(), torch.randint(10, (BATCH,), generator=generator)
+
+
+def throughput(width: float, num_steps: int, seed: int) -> list[dict[str, Any]]:
+    """Samples a CPU second of every kind of mask, and its ratio to no mask."""
+    servers = {kind: make(kind, width, seed) for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(num_steps + 2):
+        for kind, (server, shape) in servers.items():
+            a, y = batch(shape, generator)
+            spent = cpu_s_of(lambda server=server, a=a, y=y: server.step(0, a, y, 1e-4))  # type: ignore[misc]
+            if number >= 2:
+                times[kind].append(spent)
+    typical = {kind: statistics.fmean(sorted(values)[: max(1, len(values) // 2)]) for kind, values in times.items()}
+    return [
+        {
+            "mask": kind,
+            "samples_per_s": BATCH / typical[kind],
+            "ratio_to_unmasked": typical["none"] / typical[kind],
+            "target": "" if kind == "none" else "met" if is_fast(typical["none"] / typical[kind]) else "MISSED",
+        }
+        for kind in KINDS
+    ]
+
+
+def is_fast(ratio: float) -> bool:
+    """Whether masked replay is as fast as it should be."""
+    return ratio >= TARGET_RATIO
+
+
+def keeping_up(width: float, num_clients: int, num_rounds: int, seed: int) -> dict[str, Any]:
+    """Replay of many clients with a mask each: does a step slow down when masks do not fit any cache?"""
+    server, shape = make("soft", width, seed)
+    generator = torch.Generator().manual_seed(seed)
+    seconds = []
+    for number in range(num_rounds):
+        work = [Work(number, pid, *batch(shape, generator)) for pid in range(num_clients)]
+        replay = Replay(server, seed)
+        replay.put(work, 1e-4, number)
+        seconds.append(cpu_s_of(replay.finish))
+    per_step = min(seconds[1:]) / num_clients
+    return {
+        "clients": num_clients,
+        "samples_per_s": BATCH / per_step,
+        "mask_mb_per_client": 12 * len(server.weights) / 1e6,  # logits and Adam's two moments
+        "clients_kept_up_with_at_10_samples_per_s": int(BATCH / per_step / 10),
+    }
+
+
+def memory_at(bound: int, num_clients: int, width: float, seed: int) -> dict[str, Any]:
+    """Peak memory above the server's own while uploads of ``bound`` bytes come in beside a replay."""
+    torch.set_num_threads(1)
+    server, shape = make("soft", width, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for pid in range(num_clients):  # masks are there before anything is measured
+        server.step(pid, *batch(shape, generator), 1e-4)
+    settle()
+    before = peak_bytes()
+    num_steps = bound // (4 * BATCH * torch.Size(shape).numel())
+    replay = Replay(server, seed)
+    largest = 0
+    for _ in range(3):
+        work = [Work(s, pid, *batch(shape, generator)) for pid in range(num_clients) for s in range(num_steps)]
+        largest = max(largest, held_bytes(work))
+        replay.collect()
+        replay.put(work, 1e-4, 0)
+        replay.start()
+    replay.collect()
+    replay.close()
+    return {
+        "max_upload_bytes": bound,
+        "clients": num_clients,
+        "activations_of_one_stretch": largest,
+        "bound_on_two_stretches": 2 * num_clients * bound,
+        "peak_above_server": peak_bytes() - before,
+    }
+
+
+def cpu_s_of(call: Callable[[], object]) -> float:
+    """CPU seconds of one call."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+if __name__ == "__main__":
+    main()

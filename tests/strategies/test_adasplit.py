@@ -1,0 +1,280 @@
+"""AdaSplit: what crosses the network and when, equivalent exchanges, faults, and ways back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client_app.handler import handle
+from server_app.checkpoint import load_checkpoint
+from tests.runs import equal_states, final_state, select, tiny_run, without_timings
+from wire.flat import ConfigError
+from wire.message import Instruction, Report
+
+BASE: dict[str, Any] = {
+    "strategy": "adasplit",
+    "num_clients": 3,
+    "num_rounds": 5,
+    "train__optimizer": "adam",
+    "train__learning_rate": 0.003,
+    "train__local_epochs": 1,
+    "data__max_train": 240,
+    "data__partition": "dirichlet:2",
+    "evaluation__every": 9,
+    "adasplit__eta": 1.0,
+    "adasplit__kappa": 0.6,
+    "adasplit__segments": 4,
+}
+
+
+def adasplit(folder: Path, handler: Callable[[Instruction], Report] = handle, **settings: Any) -> list[dict[str, Any]]:
+    return tiny_run(folder, handler, **{**BASE, **settings})
+
+
+def masks(folder: Path) -> dict[str, torch.Tensor]:
+    own = load_checkpoint(folder)[1]
+    return {pid: client["logits"] for pid, client in own["server"]["clients"].items()}
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """One grant and one upload per step."""
+    folder = tmp_path_factory.mktemp("exact")
+    return folder, adasplit(folder, adasplit__exchange="exact")
+
+
+def test_nothing_comes_down_in_training_and_nothing_goes_up_in_the_local_phase(exact):
+    arrivals = select(exact[1], "arrival")
+    assert {row["download_bytes"] for row in arrivals} == {0}
+    assert {row["server_round"] for row in arrivals} == {3, 4, 5}  # the request of round 3 covers all local rounds
+    assert {row["upload_bytes"] for row in select(exact[1], "arrival", server_round=3)} == {0}
+    assert all(row["upload_bytes"] > 0 for row in arrivals if row["server_round"] > 3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"adasplit__segments": 1},
+        {"adasplit__segments": 3, "adasplit__pipeline": False},
+        {"adasplit__segments": 3},
+        {"adasplit__segments": 1, "adasplit__max_upload_bytes": 17 * 4 * 200 * 2},
+    ],
+    ids=["one upload a round", "three segments", "three segments beside the clients", "split by its bytes"],
+)
+def test_uploads_of_many_steps_train_the_server_bit_for_bit_as_one_upload_per_step(exact, settings, tmp_path):
+    rows = adasplit(tmp_path, **settings)
+    assert equal_states(final_state(tmp_path), final_state(exact[0]))
+    assert equal_states(masks(tmp_path), masks(exact[0]))
+    assert select(rows, "evaluation")[-1]["clients"] == select(exact[1], "evaluation")[-1]["clients"]
+    assert max(row.get("num_requests", 1) for row in select(rows, "arrival")) < max(
+        row["num_requests"] for row in select(exact[1], "arrival", server_round=5)
+    )
+
+
+def test_no_upload_exceeds_its_bound(tmp_path):
+    bound, seen = 17 * 4 * 200 * 2, []
+
+    def spy(instruction: Instruction) -> Report:
+        report = handle(instruction)
+        if instruction.action == "train":
+            seen.append(sum(t.numel() * 4 for k, t in report.companions.items() if k == "values"))
+        return report
+
+    adasplit(tmp_path, spy, adasplit__max_upload_bytes=bound, adasplit__segments=1)
+    assert 0 < max(seen) <= bound
+
+
+def test_frozen_uploads_cost_one_more_pass_and_fewest_requests(exact, tmp_path):
+    rows = adasplit(tmp_path, adasplit__exchange="frozen")
+    frozen, step_by_step = (select(r, "arrival", server_round=5) for r in (rows, exact[1]))
+    assert all("num_requests" not in row for row in frozen)
+    for mine, theirs in zip(
+        sorted(frozen, key=lambda r: r["partition_id"]),
+        sorted(step_by_step, key=lambda r: r["partition_id"]),
+        strict=True,
+    ):
+        # 64 x 200 multiplications a sample forward
+        assert mine["train_macs"] - theirs["train_macs"] == 64 * 200 * mine["num_examples"]
+    assert select(rows, "evaluation")[-1]["accuracy"] > 0.7
+
+
+@pytest.mark.parametrize(("kappa", "eta", "local"), [(0.5, 1.0, 3), (0.5, 0.5, 3), (0.7, 0.5, 4)])
+def test_traffic_is_one_minus_kappa_times_eta_half_the_density_of_split_learnings(kappa, eta, local, tmp_path):
+    """Equal shares of iid data; counted bytes, as the authors count."""
+    common = {"num_clients": 4, "num_rounds": 6, "data__partition": "iid", "data__max_train": 320}
+    mine = adasplit(tmp_path / "a", adasplit__kappa=kappa, adasplit__eta=eta, **common)
+    theirs = adasplit(tmp_path / "b", **{**common, "strategy": "sl-basic", "num_rounds": 1})
+    sent = [row for row in select(mine, "arrival") if row.get("counted_bytes")]
+    split = 6 * sum(row["counted_bytes"] for row in select(theirs, "arrival"))
+    dense = sum(row["dense_bytes"] for row in sent)  # as if the density were 1
+    assert sum(row["counted_bytes"] for row in sent) < 0.7 * dense
+    assert dense / split == pytest.approx((6 - local) / 6 * eta / 2, rel=0.15)
+    assert {row["server_round"] for row in sent} == set(range(local + 1, 7))
+
+
+def test_a_test_on_the_server_and_one_on_the_client_agree(exact, tmp_path):
+    rows = adasplit(tmp_path, adasplit__evaluate="client", adasplit__exchange="exact")
+    here, there = (select(r, "evaluation")[-1] for r in (rows, exact[1]))
+    assert here["clients"] == there["clients"]
+    assert here["download_bytes"] > 0
+    assert there["download_bytes"] == 0
+    assert there["upload_bytes"] > here["upload_bytes"] == 0
+
+
+def test_averaged_halves_are_sent_counted_and_taken_over(tmp_path):
+    seen = []
+
+    def spy(instruction: Instruction) -> Report:
+        if instruction.action == "train" and instruction.server_round == 5 and instruction.state:
+            seen.append(instruction.state)
+        return handle(instruction)
+
+    rows = adasplit(tmp_path, spy, adasplit__client_sync="average", adasplit__segments=1)
+    half = 4 * (64 * 200 + 200)
+    assert {row["download_bytes"] for row in select(rows, "arrival", server_round=5)} == {half}
+    assert all(row["upload_bytes"] > half for row in select(rows, "arrival", server_round=4))
+    assert len(seen) == 3
+    before = torch.load(tmp_path / "checkpoints" / "round-000004.pt", weights_only=True)["state"]
+    assert all(torch.equal(state[key], before[key]) for state in seen for key in state)
+    assert set(seen[0]) == {"blocks.0.linear.weight", "blocks.0.linear.bias"}
+
+
+def test_a_handed_on_half_is_the_one_of_the_client_before_at_every_step(tmp_path):
+    last: dict[str, torch.Tensor] = {}
+    num_checked = 0
+
+    def spy(instruction: Instruction) -> Report:
+        nonlocal num_checked
+        report = handle(instruction)
+        if instruction.action == "train":
+            if instruction.state:
+                assert equal_states(dict(instruction.state), last)
+                num_checked += 1
+            if report.state:
+                last.clear()
+                last.update(report.state)
+        return report
+
+    adasplit(tmp_path, spy, adasplit__client_sync="handoff", adasplit__exchange="exact")
+    assert num_checked > 10
+
+
+def test_a_servers_gradient_that_is_switched_on_comes_down_and_changes_what_clients_learn(exact, tmp_path):
+    rows = adasplit(tmp_path, adasplit__server_gradient=True, adasplit__exchange="exact")
+    assert all(row["download_bytes"] > 0 for row in select(rows, "arrival", server_round=5))
+    assert not equal_states(masks(tmp_path), masks(exact[0]))
+    assert select(rows, "evaluation")[-1]["accuracy"] > 0.7
+
+
+def test_clients_that_may_not_train_keep_their_random_half(tmp_path):
+    rows = adasplit(tmp_path, adasplit__train_client=False)
+    assert {row.get("loss") for row in select(rows, "arrival")} == {None}
+
+
+def test_clients_without_some_classes_take_part(tmp_path):
+    rows = adasplit(tmp_path, data__partition="pathological:2", num_clients=5, evaluation__own_classes=True)
+    assert {row["status"] for row in select(rows, "arrival")} == {"merged"}
+    assert select(rows, "evaluation")[-1]["accuracy"] > 0.8
+
+
+def test_a_client_that_dies_between_grant_and_upload_loses_its_grant_and_the_bandit_imputes(tmp_path):
+    def dying(instruction: Instruction) -> Report:
+        if instruction.action == "train" and instruction.partition_id == 1 and instruction.server_round == 4:
+            raise RuntimeError("the battery is empty")
+        return handle(instruction)
+
+    rows = adasplit(tmp_path, dying, adasplit__segments=1, adasplit__pipeline=False)
+    failed = select(rows, "arrival", status="failed")
+    assert [(row["partition_id"], row["server_round"]) for row in failed] == [(1, 4)]
+    assert [row["num_merged"] for row in select(rows, "merge")] == [3, 2, 3]
+    arms = load_checkpoint(tmp_path / "checkpoints" / "round-000004.pt")[1]["talk"]
+    assert set(arms["losses"]) == {"0", "2"}  # what the next decision learns: nothing of client 1
+    arms = load_checkpoint(tmp_path)[1]["talk"]["orchestrator"]["arms"]
+    assert arms["1"][2] == 100.0  # the last two losses were imputed: (100 + 100) / 2
+    assert arms["0"][2] < 10
+
+
+class ServerKilledError(BaseException):
+    """Stands for SIGKILL: nothing of the server's runs on."""
+
+
+def test_clients_finish_the_local_phase_when_the_server_dies_and_do_not_repeat_it(exact, tmp_path):
+    def kill_then(instruction: Instruction) -> Report:
+        handle(instruction)  # the client works on; its answer finds nobody
+        if instruction.action == "train" and instruction.partition_id == 1:
+            raise ServerKilledError
+        raise RuntimeError("the answer is lost")
+
+    settings = {"adasplit__exchange": "exact"}
+    with pytest.raises(ServerKilledError):
+        adasplit(tmp_path / "first", kill_then, **settings)
+    rows = adasplit(tmp_path / "second", resume=str(tmp_path / "first"), **settings)
+    macs = {row["partition_id"]: row["train_macs"] for row in select(rows, "arrival", server_round=3)}
+    assert macs[0] == macs[1] == 0
+    assert macs[2] > 0
+    assert equal_states(final_state(tmp_path / "second"), final_state(exact[0]))
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_a_run_killed_in_the_global_phase_goes_on_with_masks_optimisers_bandit_and_waiting_uploads(pipeline, tmp_path):
+    settings = {"adasplit__eta": 0.4, "adasplit__segments": 3, "num_rounds": 6, "adasplit__pipeline": pipeline}
+    whole = adasplit(tmp_path / "whole", **settings)
+
+    def killed(instruction: Instruction) -> Report:
+        if instruction.server_round == 5 and instruction.settings.get("start", 0):
+            raise ServerKilledError  # in the middle of a round
+        return handle(instruction)
+
+    with pytest.raises(ServerKilledError):
+        adasplit(tmp_path / "first", killed, **settings)
+    rows = adasplit(tmp_path / "second", resume=str(tmp_path / "first"), **settings)
+    assert equal_states(final_state(tmp_path / "second"), final_state(tmp_path / "whole"))
+    assert equal_states(masks(tmp_path / "second"), masks(tmp_path / "whole"))
+    assert without_timings(rows)[-6:] == without_timings(whole)[-6:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"adasplit__kappa": 0.0}, r"kappa: got 0.0, expected in \(0, 1\)"),
+        ({"adasplit__kappa": 1.0}, "the server learns nothing"),
+        ({"adasplit__eta": 0.0}, r"eta: got 0.0, expected in \(0, 1\]"),
+        ({"adasplit__eta": 1.2}, r"eta: got 1.2, expected in \(0, 1\]"),
+        ({"adasplit__cut": "0"}, "expected 1 to 2"),
+        ({"adasplit__cut": "3"}, "expected 1 to 2"),
+        ({"adasplit__cut": "heads.0"}, "nothing is left for the server"),
+        ({"adasplit__client_sync": "handoff"}, "exchange: got 'segment', expected 'exact' with this client-sync"),
+        ({"adasplit__server_gradient": True}, "expected 'exact' with this server-gradient"),
+        ({"adasplit__max_upload_bytes": 1000}, "one batch takes up to 13600; raise it"),
+        ({"adasplit__mask__kind": "fuzzy"}, "kind: got 'fuzzy'"),
+        ({"loop__quorum": 2}, "loop.quorum.*rounds wait for everybody"),
+        ({"compression__kind": "dgc"}, "compression.kind: not with strategy 'adasplit'"),
+        ({"model__name": "resnet8", "model__exits": True}, "exits=False"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(settings, reason, tmp_path):
+    with pytest.raises(ConfigError, match=reason):
+        adasplit(tmp_path, **settings)
+
+
+def test_a_resumed_run_may_not_move_the_end_of_the_local_phase(tmp_path):
+    adasplit(tmp_path / "first", num_rounds=4)
+    with pytest.raises(ConfigError, match="the local phase would have 6 rounds, it had 2"):
+        adasplit(tmp_path / "second", num_rounds=10, resume=str(tmp_path / "first"))
+
+
+def test_a_diverging_server_ends_the_run_with_the_remedy(tmp_path):
+    from strategies.split.halves import ServerDivergedError
+
+    def wild(instruction: Instruction) -> Report:
+        report = handle(instruction)
+        big = {k: t * (3e38 / t.max()) if k == "values" else t for k, t in report.companions.items()}
+        report.companions.update(big)  # type: ignore[attr-defined]
+        return report
+
+    with pytest.raises(ServerDivergedError, match=r"lower train\.learning-rate"):
+        adasplit(tmp_path, wild, adasplit__mask__kind="none")
