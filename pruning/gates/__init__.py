@@ -1,6 +1,7 @@
 """Dynamic channel pruning by input salience: gates that any CNN with a layout can wear (ADP, arXiv 2106.06921)."""
 
 from pruning.gates.evidence import OVERLAPS, SALIENCE, STATISTICS, STATISTICS_OF, Evidence
+from pruning.gates.export import fold_norms, for_inference
 from pruning.gates.gate import FLOOR, Gate, Winners, group_samples, template, top
 from pruning.gates.net import (
     PREFIX,
@@ -40,6 +41,8 @@ __all__ = [
     "check_bitmap",
     "executed_ratios",
     "find_sites",
+    "fold_norms",
+    "for_inference",
     "gated_groups",
     "gates_of",
     "group_samples",

@@ -30,7 +30,7 @@ class Winners:
     Attributes
     ----------
     sizes : samples of each part of the batch, in order.
-    parts : winners of each part, sorted positions among the held units, int64 [K]; ``[None]``: all units win.
+    parts : winners of each part, positions among the held units, best first, int64 [K]; ``[None]``: all units win.
     values : gates of the winners, at least the floor, [B, K].
     gates : of all units of the full layer, [B, C].
     """
@@ -158,15 +158,14 @@ class Gate(nn.Module):
 
 
 def top(gates: Tensor, k: int) -> Tensor:
-    """Positions of the k largest of every row, sorted; ties go to the lower position. [..., H] -> int64 [..., K]."""
-    order = gates.argsort(dim=-1, descending=True, stable=True)
-    return order[..., :k].sort(dim=-1).values
+    """Positions of the k largest of every row [..., H], best first; ties go to the lower position. int64 [..., K]."""
+    return gates.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
 def template(gates: Tensor, sizes: Sequence[int], k: int) -> list[Tensor]:
     """The winners that each part of the batch shares: those with the largest mean gate. int64 [K] per part."""
     if len(sizes) == 1:
-        return [top(gates.mean(0), k)]
+        return [top(gates[0] if len(gates) == 1 else gates.mean(0), k)]
     means = torch.stack([part.mean(0) for part in gates.split(list(sizes))])
     return list(top(means, k).unbind(0))
 

@@ -1,0 +1,82 @@
+"""Winners, templates, and samples put side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruning.gates import FLOOR, Gate, group_samples, template, top
+
+
+def test_ties_go_to_the_lower_unit():
+    assert top(torch.tensor([1.0, 2.0, 2.0, 1.0, 1.0]), 3).tolist() == [1, 2, 0]
+    assert top(torch.zeros(2, 6), 2).tolist() == [[0, 1], [0, 1]]
+
+
+@given(seed=st.integers(0, 1000), k=st.integers(1, 12))
+def test_winners_are_the_k_largest(seed, k):
+    gates = torch.rand(12, generator=torch.Generator().manual_seed(seed))
+    assert set(top(gates, k).tolist()) == set(sorted(range(12), key=lambda u: -float(gates[u]))[:k])
+
+
+def test_a_parts_template_has_the_units_with_the_largest_mean_gate():
+    gates = torch.tensor([[5.0, 0.0, 1.0, 2.0], [0.0, 4.0, 1.0, 3.0], [0.0, 0.0, 9.0, 8.0]])
+    assert [sorted(part.tolist()) for part in template(gates, (2, 1), 2)] == [[0, 3], [2, 3]]
+    assert [sorted(part.tolist()) for part in template(gates, (3,), 2)] == [[2, 3]]
+
+
+def test_he_normal_weights_and_a_bias_of_one():
+    torch.manual_seed(0)
+    gate = Gate(50, 4000)
+    assert float(gate.weight.detach().std()) == pytest.approx((2 / 50) ** 0.5, rel=0.02)
+    assert torch.equal(gate.bias, torch.ones(4000))
+
+
+def test_values_are_each_samples_own_even_where_winners_are_shared():
+    gate = Gate(2, 16)
+    gate.num_winners.fill_(8)
+    winners = gate.decide(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), (2,))
+    assert winners.is_shared
+    gates = gate(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert torch.equal(winners.values, gates[:, winners.parts[0]].clamp(min=FLOOR))
+    assert not torch.equal(winners.values[0], winners.values[1])
+
+
+def test_masks_and_dense_values_say_who_won_for_whom():
+    gate = Gate(3, 16)
+    gate.num_winners.fill_(8)
+    winners = gate.decide(torch.rand(5, 3), (2, 3))
+    mask = winners.mask(16)
+    assert mask.sum(1).tolist() == [8] * 5
+    assert torch.equal(mask[0], mask[1])
+    assert torch.equal(winners.union(16), mask[0] | mask[2])
+    assert torch.equal(winners.dense_values(16) > 0, mask)
+
+
+@given(num=st.integers(1, 40), num_groups=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 100))
+def test_groups_are_a_permutation_in_parts_of_nearly_equal_size(num, num_groups, seed):
+    gates = torch.rand(num, 16, generator=torch.Generator().manual_seed(seed))
+    order, sizes = group_samples(gates, num_groups)
+    assert sorted(order.tolist()) == list(range(num))
+    assert sum(sizes) == num
+    assert max(sizes) - min(sizes) <= 1 or num_groups > 2
+    assert len(sizes) <= num_groups
+
+
+def test_samples_with_like_gates_come_into_one_group():
+    """Four kinds of samples, each with its own four units; the groups find them."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.arange(32) % 4
+    gates = torch.nn.functional.one_hot(kinds, 4).float().repeat_interleave(4, 1)
+    gates = gates + 0.05 * torch.rand(gates.shape, generator=generator)
+    order, sizes = group_samples(gates, 4)
+    found = [set(kinds[part].tolist()) for part in order.split(list(sizes))]
+    assert sorted(map(list, found)) == [[0], [1], [2], [3]]
+
+
+def test_alike_samples_are_grouped_without_harm():
+    order, sizes = group_samples(torch.ones(6, 8), 4)
+    assert sorted(order.tolist()) == list(range(6))
+    assert sum(sizes) == 6

@@ -1,0 +1,66 @@
+"""Plans: what is measured, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from pruning.gates import LayerPlan, executed_ratios, gates_of, measure_plan, plan
+from tests.pruning.conftest import states_equal
+from tests.pruning.gates.conftest import images_for
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    """Every test measures for itself."""
+    plan._measured.clear()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["cnn", "mobilenet_v2", "mlp", "lenet"])
+def test_every_layer_that_would_be_smaller_is_measured_and_the_model_left_alone(name, training, make_gated):
+    model, _ = make_gated(name, 0.5, torch.float32)
+    gates_of(model).configure("group", compact=True, num_groups=2)
+    before, mode = copy.deepcopy(model.state_dict()), model.training
+    found = measure_plan(model, images_for(name, dtype=torch.float32), training=training, repeats=1)
+    smaller = [site.group for site, gate in gates_of(model).pairs() if gate.k < site.size]
+    assert [layer.group for layer in found] == smaller
+    assert all(layer.dense_s > 0 and layer.gated_s > 0 for layer in found)
+    assert states_equal(model.state_dict(), before)
+    assert model.training == mode
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_layers_that_are_alike_are_measured_once(make_gated, monkeypatch):
+    model, _ = make_gated("vgg11", 0.5, torch.float32)
+    gates_of(model).configure("batch", compact=True)
+    calls = []
+    take_turns = plan._take_turns
+    monkeypatch.setattr(plan, "_take_turns", lambda *a: calls.append(a) or take_turns(*a))
+    images = images_for("vgg11", dtype=torch.float32)
+    first = measure_plan(model, images, training=False, repeats=1)
+    assert len(calls) < len(first) == 7
+    assert measure_plan(model, images, training=False, repeats=1) == first
+
+
+def test_gating_pays_where_it_takes_less_time_by_a_margin():
+    assert LayerPlan("a", dense_s=1.0, gated_s=0.9).is_gated
+    assert not LayerPlan("a", dense_s=1.0, gated_s=0.97).is_gated
+
+
+def test_a_layer_left_dense_is_executed_whole_and_gated_by_nothing(make_gated):
+    model, _ = make_gated("cnn")
+    gates_of(model.eval()).configure("batch", compact=True).leave_dense(["stage3"])
+    model(images_for("cnn"))
+    assert model.gates["stage3"].winners is None
+    ratios = {"blocks.1.conv.weight": 0.5, "blocks.2.conv.weight": 0.5, "heads.0.linear.weight": 1.0}
+    assert executed_ratios(model) == ratios
+
+
+def test_a_wide_layer_pays_and_a_tiny_one_at_a_batch_of_one_does_not(make_gated):
+    model, _ = make_gated("mlp", 0.5, torch.float32)  # its predictor is as large as the layer
+    gates_of(model).configure("sample", compact=True)
+    (layer,) = measure_plan(model, images_for("mlp", 1, dtype=torch.float32), training=False)
+    assert not layer.is_gated
