@@ -29,7 +29,7 @@ from client_app.handler import handle
 from wire.flat import Scalar
 from wire.message import Instruction, Report
 
-NUM_CLIENTS, NUM_ROUNDS, QUORUM = 16, 5, 8
+NUM_CLIENTS, NUM_ROUNDS, QUORUM = 16, 6, 8
 IMAGES_A_CLIENT = 10
 SERVER_BOUND_GIB, CLIENT_BOUND_GIB, WALL_BOUND_S, MERGE_BOUND_S = 4.0, 3.0, 1800.0, 10.0
 GIB = 2**30
