@@ -41,10 +41,15 @@ def measured_handle(instruction: Instruction) -> Report:
 
     What came before, back to the last request (sending that answer, receiving this instruction), is ``transfer_rss``.
     """
-    before = peak_bytes()
+    before, began = peak_bytes(), time.process_time()
     reset_peak()
     report = handle(instruction)
-    return replace(report, metrics={**report.metrics, "client_rss": float(peak_bytes()), "transfer_rss": float(before)})
+    measured = {
+        "client_rss": float(peak_bytes()),
+        "transfer_rss": float(before),
+        "client_cpu_s": time.process_time() - began,
+    }
+    return replace(report, metrics={**report.metrics, **measured})
 
 
 def reset_peak() -> None:
@@ -98,7 +103,13 @@ def serve(flat: Mapping[str, Scalar], num_workers: int, folder: str) -> dict[str
         run(config, transport, show=lambda line: None)
     finally:
         transport.close()
-    return {"wall_s": time.monotonic() - began, "server_rss": peak_bytes()}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return {
+        "wall_s": time.monotonic() - began,
+        "server_cpu_s": time.process_time(),
+        "server_rss": peak_bytes(),
+        "load": load,
+    }
 
 
 def device_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -125,7 +136,7 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "download_mb": statistics.fmean(row["download_bytes"] for row in rows) / 1e6,
         "upload_mb": statistics.fmean(row["upload_bytes"] for row in rows) / 1e6,
         "device_s": statistics.fmean(row["update_time_s"] for row in rows),
-        "here_s": statistics.fmean(row["measured_compute_s"] for row in rows),
+        "here_cpu_s": statistics.fmean(row["client_cpu_s"] for row in rows),
         "counted_gib": max(row["peak_memory_bytes"] for row in rows) / GIB,
         "measured_gib": max(row["client_rss"] for row in rows) / GIB,
         "mean_staleness": statistics.fmean(row["staleness"] for row in rows),
@@ -192,7 +203,8 @@ def main() -> dict[str, Any]:
     merges = [row for row in rows if row["event"] == "merge"]
     arrivals = [row for row in rows if row["event"] == "arrival"]
     merge = in_fresh_process(measure_merge, model, 16, arguments.seed)
-    client_gib = max(row["measured_gib"] for row in table)
+    measured = [row for row in arrivals if "client_rss" in row]
+    client_gib = max(max(row["client_rss"], row["transfer_rss"]) for row in measured) / GIB
     busy_s = sum(row["update_time_s"] for row in arrivals)
     summary = {
         "num_parameters": next(row["num_parameters"] for row in rows if row["event"] == "run"),
@@ -203,6 +215,9 @@ def main() -> dict[str, Any]:
         "virtual_s": merges[-1]["time_s"],
         "utilisation": busy_s / (NUM_CLIENTS * merges[-1]["time_s"]),
         "wall_s": figures["wall_s"],
+        "load of the machine at the end": figures["load"],
+        "server_cpu_s": figures["server_cpu_s"],
+        "clients_cpu_s": sum(row.get("client_cpu_s", 0.0) for row in arrivals),
         "server_gib": figures["server_rss"] / GIB,
         "client_gib": client_gib,
         "merge_cpu_s_16": merge["cpu_s"],

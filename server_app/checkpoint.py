@@ -15,6 +15,7 @@ import torch
 from fleet.clock import Duration
 from strategies.exchange import Arrival, Entry
 from strategies.setting import Progress
+from strategies.shelf import ShelvedState
 from wire.grid import spec_from_json, spec_to_json
 from wire.message import Failure, Report
 
@@ -40,6 +41,11 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     held = [_arrival_to_plain(arrival) for arrival in progress.held]
+    stem = f"round-{progress.server_round:06d}"
+    for arrival, plain in zip(progress.held, held, strict=True):
+        if isinstance(arrival.answer, Report) and isinstance(arrival.answer.state, ShelvedState):
+            plain["file"] = f"{stem}-held-{arrival.entry.dispatch}.tensors"
+            arrival.answer.state.keep_as(folder / plain["file"])
     scalars = {name: getattr(progress, name) for name in SCALARS}
     content = {
         "format": FORMAT,
@@ -47,8 +53,7 @@ def save_checkpoint(
         "mean_square": progress.mean_square,
         "holders": progress.holders,
         "held_tensors": [
-            {name: dict(getattr(arrival.answer, name, {})) for name in ("state", "companions")}
-            for arrival in progress.held
+            {name: _tensors(arrival.answer, name) for name in ("state", "companions")} for arrival in progress.held
         ],
         "json": json.dumps(
             {
@@ -62,7 +67,7 @@ def save_checkpoint(
         ),
         "own": own,
     }
-    target = folder / f"round-{progress.server_round:06d}.pt"
+    target = folder / f"{stem}.pt"
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -75,6 +80,8 @@ def save_checkpoint(
         raise
     for old in sorted(folder.glob("round-*.pt"))[:-keep]:
         old.unlink(missing_ok=True)
+        for large in folder.glob(f"{old.stem}-held-*.tensors"):
+            large.unlink(missing_ok=True)
     return target
 
 
@@ -109,7 +116,10 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         clocks={int(pid): clock for pid, clock in plain["clocks"].items()},
         mean_square=content["mean_square"],
         holders=content["holders"],
-        held=[_arrival_from_plain(raw, own) for raw, own in zip(plain["held"], content["held_tensors"], strict=True)],
+        held=[
+            _arrival_from_plain(raw, tensors, path.parent)
+            for raw, tensors in zip(plain["held"], content["held_tensors"], strict=True)
+        ],
     )
     return progress, content["own"], plain["config"], plain["num_rows"]
 
@@ -132,15 +142,24 @@ def _arrival_to_plain(arrival: Arrival) -> dict[str, Any]:
 _NOT_PLAIN = {"state", "companions", "narrowed", "metrics"}
 
 
-def _arrival_from_plain(raw: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]) -> Arrival:
+def _tensors(answer: Report | Failure, name: str) -> dict[str, torch.Tensor]:
+    held = getattr(answer, name, {})
+    return {} if isinstance(held, ShelvedState) else dict(held)
+
+
+def _arrival_from_plain(raw: dict[str, Any], tensors: dict[str, Any], folder: Path) -> Arrival:
     spec = spec_from_json(raw["spec"])
     assert spec is not None
     entry = Entry(**raw["entry"], spec=spec)
+    if "file" in raw:
+        if not (folder / raw["file"]).is_file():
+            raise CheckpointError(f"resume: {folder / raw['file']} is missing, which the checkpoint needs")
+        tensors = {**tensors, "state": ShelvedState(folder / raw["file"])}
     answer: Report | Failure = Failure(**raw["answer"]) if not raw["is_report"] else _report(raw, tensors)
     return Arrival(entry, answer, Duration(**raw["duration"]), raw["finish_s"])
 
 
-def _report(raw: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]) -> Report:
+def _report(raw: dict[str, Any], tensors: dict[str, Any]) -> Report:
     answer = dict(raw["answer"])
     answer["label_counts"] = tuple(answer["label_counts"])
     return Report(**answer | tensors, narrowed=spec_from_json(raw["narrowed"]))

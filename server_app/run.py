@@ -83,10 +83,12 @@ def run(config: Config, transport: Grid | Transport, show: Callable[[str], None]
     with EventLog(folder / "events.jsonl", echo=terminal.on_event, num_rows=resumed[2] if resumed else 0) as log:
         try:
             strategy, state = build(config, folder, log.write, log)
+            initial = [ArrayRecord(state)]
+            del state  # the model may be large: handed over, not kept here as well
             if resumed:
                 strategy.progress = resumed[0]
                 strategy.import_state(resumed[1])
-            strategy.start(transport, ArrayRecord(state), config.run.num_rounds)
+            strategy.start(transport, initial.pop(), config.run.num_rounds)
         except KeyboardInterrupt:
             log.write({"event": "end", "status": "interrupted", "reason": "interrupted by the user", **_where(log)})
             raise

@@ -30,12 +30,17 @@ from strategies.exchange import Arrival, Entry, Exchange, Transport
 from strategies.hooks import Hooks
 from strategies.loop import has_own_loop, in_force
 from strategies.setting import Listener, Order, Progress, Setting
+from strategies.shelf import Shelf
 from strategies.transport import over_grid
 from strategies.versions import VersionStore
 from wire.flat import refuse
-from wire.message import Failure, Instruction, Report, State
+from wire.message import Failure, Instruction, Report, State, state_bytes
 
 logger = logging.getLogger(__name__)
+
+
+EXTRACT_CACHE_BYTES = 256 * 2**20
+"""Extracted sub-models of one version that are kept for the next client with the same."""
 
 
 class RunStoppedError(RuntimeError):
@@ -103,10 +108,17 @@ class SubModelStrategy(Hooks, Strategy):
         transport = over_grid(grid, self.setting) if isinstance(grid, Grid) else grid
         if initial_arrays is not None and not self.progress.state:
             self.progress.state = dict(initial_arrays.to_torch_state_dict())
+            initial_arrays = None  # as large as the model
             self.begin()
         progress, result = self.progress, Result()
         exchange = Exchange(
-            transport, self.setting.durations, progress.now_s, progress.next_dispatch, self.setting.reply_timeout_s
+            transport,
+            self.setting.durations,
+            progress.now_s,
+            progress.next_dispatch,
+            self.setting.reply_timeout_s,
+            # Behind a barrier answers are handed on as they come; on the wall's clock, when they come.
+            None if self.loop.is_barrier or self.setting.durations is None else Shelf(self.setting.versions_dir),
         )
         exchange.hold(progress.held)
         if self.needs_versions or self.loop.compensation:
@@ -131,10 +143,13 @@ class SubModelStrategy(Hooks, Strategy):
                     self._evaluate(exchange, server_round, result, evaluate_fn)
                 progress.held = [] if self.loop.is_barrier or not exchange.is_virtual else exchange.held()
                 self.keep(progress, self.export_state())
+                progress.held = []  # the exchange has them; nobody else is to hold on to what may be large
                 if self._versions is not None:
                     self._versions.release(exchange.versions())
         finally:
             transport.close()
+            if exchange.shelf is not None:
+                exchange.shelf.close()
             if self._versions is not None:
                 self._versions.close()
         result.arrays = ArrayRecord(progress.state)
@@ -242,9 +257,11 @@ class SubModelStrategy(Hooks, Strategy):
         if self._extracted_from is not state:
             self._extracted, self._extracted_from = {}, state
         if spec not in self._extracted:
-            if len(self._extracted) >= 8:
-                self._extracted.pop(next(iter(self._extracted)))
-            self._extracted[spec] = extract(state, self.layout, spec)
+            found = extract(state, self.layout, spec)
+            kept_bytes = state_bytes(found) + sum(map(state_bytes, self._extracted.values()))
+            while self._extracted and (len(self._extracted) >= 8 or kept_bytes > EXTRACT_CACHE_BYTES):
+                kept_bytes -= state_bytes(self._extracted.pop(next(iter(self._extracted))))
+            self._extracted[spec] = found
         return self._extracted[spec]
 
     def _arrivals(self, exchange: Exchange, start_s: float) -> Iterable[Arrival]:

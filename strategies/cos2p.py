@@ -138,7 +138,7 @@ class CoS2P(SubModelStrategy):
         self._receptions: dict[int, int] = {}
         self._coverage = Coverage(self.layout, self._groups)
         self._trained_depth = 0
-        self._warned = ""
+        self._warned: set[str] = set()
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 
@@ -187,9 +187,9 @@ class CoS2P(SubModelStrategy):
         rule = holders_mean if self.config.coverage_norm == "per-entry" else residual_mean
         merged = mean.finalize(self.loop.mixing_rate, rule)
         missed = self._missed_blocks(merged) if merged.n_star == 0 else ""
-        if missed and missed != self._warned:
+        if missed and missed not in self._warned:
+            self._warned.add(missed)
             self.warn(self.progress.server_round + 1, f"N* is 0: nobody in this merge held all of {missed}")
-        self._warned = missed
         return merged
 
     def family(self) -> dict[str, SubModelSpec]:
@@ -214,7 +214,7 @@ class CoS2P(SubModelStrategy):
             "receptions": {str(pid): count for pid, count in self._receptions.items()},
             "coverage": self._coverage.export(),
             "trained_depth": self._trained_depth,
-            "warned": self._warned,
+            "warned": sorted(self._warned),
         }
 
     def import_state(self, own: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ class CoS2P(SubModelStrategy):
         self._masks = {pid: spec for pid, spec in masks.items() if spec is not None}
         self._receptions = {int(pid): count for pid, count in own["receptions"].items()}
         self._coverage.restore(own["coverage"])
-        self._trained_depth, self._warned = own["trained_depth"], own["warned"]
+        self._trained_depth, self._warned = own["trained_depth"], set(own["warned"])
 
     # --- orders ------------------------------------------------------------------------------------------------------
 

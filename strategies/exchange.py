@@ -17,6 +17,7 @@ from typing import Protocol
 
 from fleet.clock import Duration, DurationModel, VirtualClock
 from pruning.spec import SubModelSpec
+from strategies.shelf import Shelf
 from strategies.travel import TravelModel
 from wire.message import Failure, Instruction, Report, payload_bytes
 
@@ -96,6 +97,7 @@ class Exchange:
     transport : carries the messages.
     durations : the simulated fleet's; None in deployment, where the wall clock counts.
     now_s, next_dispatch : where a resumed run goes on.
+    shelf : where large answers wait that lie in the virtual future; None to keep them in memory.
     """
 
     def __init__(
@@ -105,7 +107,9 @@ class Exchange:
         now_s: float = 0.0,
         next_dispatch: int = 0,
         reply_timeout_s: float = 600.0,
+        shelf: Shelf | None = None,
     ) -> None:
+        self.shelf = shelf
         self.transport, self.durations, self.reply_timeout_s = transport, durations, reply_timeout_s
         self.next_dispatch = next_dispatch
         self._clock = VirtualClock(now_s)
@@ -283,6 +287,8 @@ class Exchange:
         else:
             finish_s = self.now_s
             duration, overhead_s = self._measured(entry, answer, upload_bytes, finish_s - entry.start_s)
+        if self.shelf is not None:
+            answer = self.shelf.put(answer)
         self._set_ready(Arrival(entry, answer, duration, finish_s, overhead_s))
 
     def _measured(

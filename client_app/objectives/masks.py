@@ -99,51 +99,75 @@ def mask_learning(task: Task) -> Objective:
 
 
 def learn_mask(task: Task) -> Learned:
-    """Train the scores with the weights frozen; the model is left as it was received.
-
-    Trained beside the scores, and forgotten afterwards: normalisation, class token and positions (whatever belongs to
-    no linear layer or convolution) and the deepest head. Loss: CE(deepest exit) + lambda |mean(gates) - width rate|.
-    """
+    """Train the scores for ``mask-epochs``; the model is left as it was received."""
     assert task.examples is not None
-    settings = task.settings
-    rate, penalty = float(settings["width-rate"]), float(settings.get("mask-penalty", 1.0))
-    model, device = task.model, next(task.model.parameters()).device
-    groups = gated_groups(task)
-    gates = Gates(model, groups, _first_scores(task, groups, rate, device))
-    trained = _trained_beside(model)
-    before = {key: t.detach().clone() for key, t in model.state_dict(keep_vars=True).items() if _may_change(t, trained)}
-    for parameter in model.parameters():
-        parameter.requires_grad_(any(parameter is p for p in trained))
-    scores_optimizer = torch.optim.Adam([gates.scores], lr=float(settings.get("mask-learning-rate", 0.01)))
-    _restore(scores_optimizer, task.memory, gates)
-    optimizer = make_optimizer(task.train, trained, task.learning_rate)
-    meter = MemoryMeter(model, task.train.momentum > 0 or task.train.optimizer == "adam")
+    phase = MaskPhase(task, gated_groups(task))
     total, num_seen, num_examples = 0.0, 0, len(task.examples)
-    for _ in range(int(settings.get("mask-epochs", 20))):
+    for _ in range(int(task.settings.get("mask-epochs", 20))):
         total = 0.0
         for index in batches(num_examples, task.train.batch_size, task.generator):
             x, y = task.examples.batch(index)
-            with meter:
-                drawn = gates.draw(task.generator)
-                value = functional.cross_entropy(last_logits(model(x)), y, label_smoothing=task.train.label_smoothing)
-                value = value + penalty * (drawn.mean() - rate).abs()
-            for one in (optimizer, scores_optimizer):
-                one.zero_grad()
-            value.backward()
-            for one in (optimizer, scores_optimizer):
-                one.step()
-            total += float(value.detach()) * len(y)
+            total += phase.step(x, y) * len(y)
             num_seen += len(y)
-    gates.remove()
-    with torch.no_grad():
-        for key, tensor in model.state_dict(keep_vars=True).items():
-            if key in before:
-                tensor.copy_(before[key])
-    scores = gates.by_group()
-    kept = choose_units(scores, groups, rate, str(settings.get("mask-select", "top-k")), task.generator)
+    kept, memory = phase.close()
     spec = SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)
-    memory = {"scores": {name: s.cpu() for name, s in scores.items()}, "optimizer": _exported(scores_optimizer, gates)}
-    return Learned(spec, memory, total / num_examples, num_seen, meter.peak_bytes)
+    return Learned(spec, memory, total / num_examples, num_seen, phase.meter.peak_bytes)
+
+
+class MaskPhase:
+    """Scores trained with the weights frozen. Loss: CE(deepest exit) + lambda |mean(gates) - width rate|.
+
+    Trained beside the scores, and forgotten afterwards: normalisation, class token and positions (whatever belongs to
+    no linear layer or convolution) and the deepest head.
+
+    Parameters
+    ----------
+    task : with the settings of ``mask_learning``.
+    groups : whose units are to be chosen.
+    """
+
+    def __init__(self, task: Task, groups: tuple[Group, ...]) -> None:
+        settings, model = task.settings, task.model
+        self.task, self.groups = task, groups
+        self.rate, self.penalty = float(settings["width-rate"]), float(settings.get("mask-penalty", 1.0))
+        device = next(model.parameters()).device
+        self.gates = Gates(model, groups, _first_scores(task, groups, self.rate, device))
+        trained = _trained_beside(model)
+        state = model.state_dict(keep_vars=True).items()
+        self._before = {key: tensor.detach().clone() for key, tensor in state if _may_change(tensor, trained)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(any(parameter is p for p in trained))
+        self._scores = torch.optim.Adam([self.gates.scores], lr=float(settings.get("mask-learning-rate", 0.01)))
+        _restore(self._scores, task.memory, self.gates)
+        self._beside = make_optimizer(task.train, trained, task.learning_rate)
+        self.meter = MemoryMeter(model, task.train.momentum > 0 or task.train.optimizer == "adam")
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """One batch: gates drawn, scores and what is trained beside them moved; returns the loss."""
+        with self.meter:
+            drawn = self.gates.draw(self.task.generator)
+            logits = last_logits(self.task.model(x))
+            value = functional.cross_entropy(logits, y, label_smoothing=self.task.train.label_smoothing)
+            value = value + self.penalty * (drawn.mean() - self.rate).abs()
+        for optimizer in (self._beside, self._scores):
+            optimizer.zero_grad()
+        value.backward()
+        for optimizer in (self._beside, self._scores):
+            optimizer.step()
+        return float(value.detach())
+
+    def close(self) -> tuple[dict[str, list[int]], dict[str, object]]:
+        """Leave the model as it was received; returns the units kept, and what to remember."""
+        self.gates.remove()
+        with torch.no_grad():
+            for key, tensor in self.task.model.state_dict(keep_vars=True).items():
+                if key in self._before:
+                    tensor.copy_(self._before[key])
+        scores = self.gates.by_group()
+        select = str(self.task.settings.get("mask-select", "top-k"))
+        kept = choose_units(scores, self.groups, self.rate, select, self.task.generator)
+        remembered = {name: score.cpu() for name, score in scores.items()}
+        return kept, {"scores": remembered, "optimizer": _exported(self._scores, self.gates)}
 
 
 def gated_groups(task: Task) -> tuple[Group, ...]:
