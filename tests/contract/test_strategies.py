@@ -59,6 +59,11 @@ NOBODY_WHOLE: dict[str, dict[str, Any]] = {
 SEMI_ASYNC: dict[str, Any] = {"num-clients": 6, "num-rounds": 6, "loop.quorum": 5, "loop.max-staleness": 5}
 
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
+QUICK = ("fedavg", "adaptcl")
+every_strategy_slowly = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in STRATEGIES]
+)
+"""Promises that the loop keeps for all methods alike: the fast suite looks at two of them, the whole suite at all."""
 
 
 def settings_of(name: str, mode: str) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def test_the_full_model_for_everybody_makes_it_fedavg(name, plain_runs, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy
+@every_strategy_slowly
 def test_the_same_seed_gives_the_same_event_log_again(name, mode, plain_runs, tmp_path):
     rows = tiny_run(tmp_path / "run", strategy=name, **settings_of(name, mode))
     assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
@@ -141,7 +146,7 @@ def pools() -> Iterator[dict[int, LocalTransport]]:
 
 
 @pytest.mark.parametrize(("mode", "num_workers"), [("sync", 1), ("sync", 2), ("semi-async", 1), ("semi-async", 2)])
-@every_strategy
+@every_strategy_slowly
 def test_worker_processes_do_not_change_the_event_log(name, mode, num_workers, plain_runs, pools, tmp_path):
     pool = pools[num_workers]
     pool.num_clients = 4 if mode == "sync" else 6
@@ -157,7 +162,7 @@ def test_another_seed_gives_another_run(name, plain_runs, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy
+@every_strategy_slowly
 def test_three_rounds_and_three_more_equal_six(name, mode, plain_runs, tmp_path):
     """Bit for bit, rows and model; the family is shown in rounds 3 and 6 by both, for a last round always shows it."""
     settings = {**settings_of(name, mode), "evaluation.family-every": 3}
@@ -170,7 +175,7 @@ def test_three_rounds_and_three_more_equal_six(name, mode, plain_runs, tmp_path)
     assert without_timings(resumed) == without_timings(whole)
 
 
-@every_strategy
+@every_strategy_slowly
 def test_entries_that_nobody_held_keep_their_value_bit_for_bit(name, tmp_path):
     if name in LOOPS:
         pytest.skip(f"{name} merges answers of earlier rounds, all of the full model")
@@ -202,26 +207,26 @@ def test_entries_that_nobody_held_keep_their_value_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", faulty.SPOILED)
-@every_strategy
+@every_strategy_slowly
 def test_a_spoiled_answer_is_turned_away_with_its_reason_and_the_run_goes_on(name, kind, tmp_path):
     rows = tiny_run(tmp_path / "run", faulty.Spoiler(kind), strategy=name, num_rounds=merges_of(name, 2))
     status, reason = faulty.SPOILED[kind]
     _assert_only_the_culprit_failed(rows, name, status, reason)
 
 
-@every_strategy
+@every_strategy_slowly
 def test_a_client_that_raises_is_reported_with_what_it_raised_and_where(name, tmp_path):
     rows = tiny_run(tmp_path / "run", faulty.raises, strategy=name, num_rounds=merges_of(name, 2))
     _assert_only_the_culprit_failed(rows, name, "failed", "RuntimeError: the battery is empty (faulty.py:")
 
 
-@every_strategy
+@every_strategy_slowly
 def test_a_worker_that_dies_costs_one_answer(name, tmp_path):
     rows = tiny_run(tmp_path / "run", faulty.dies, num_workers=2, strategy=name, num_rounds=merges_of(name, 2))
     _assert_only_the_culprit_failed(rows, name, "failed", "worker process died with exit code -9")
 
 
-@every_strategy
+@every_strategy_slowly
 def test_a_client_that_never_answers_is_bounded_by_the_reply_timeout(name, tmp_path):
     settings = {"num-rounds": merges_of(name, 2), "reply-timeout-s": 2.0}
     rows = tiny_run(tmp_path / "run", faulty.hangs, num_workers=1, strategy=name, **settings)
@@ -251,14 +256,14 @@ class EchoingTransport(LocalTransport):
 
 
 @pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy
+@every_strategy_slowly
 def test_repeated_and_unknown_answers_change_nothing(name, mode, plain_runs, tmp_path):
     transport = EchoingTransport(handle, 6 if mode == "semi-async" else 4)
     rows = tiny_run(tmp_path / "run", transport=transport, strategy=name, **settings_of(name, mode))
     assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
 
 
-@every_strategy
+@every_strategy_slowly
 def test_a_quorum_closes_every_round_at_its_kth_answer_in_virtual_time(name, plain_runs):
     """The event log against a simulation of its own: free clients start together, the k earliest answers are merged."""
     if name in LOOPS:
