@@ -35,6 +35,7 @@ def main() -> None:
     """Rewrite every marked part of the README for which there are results, and docs/benchmarks.md."""
     text = README.read_text(encoding="utf-8")
     parts = {"adaptcl": adaptcl_part(), "bounds": markdown(bounds()), "codesize": codesize_part()}
+    parts["baselines"] = kept_part("baselines")
     for name, content in parts.items():
         text = replace_part(text, name, content)
     README.write_text(text, encoding="utf-8")
@@ -69,6 +70,11 @@ def codesize_part() -> str:
     rows = record["results"]["rows"] if record else []
     cells = [f"`{row['method']}` {row['file']}" + (f" + {extra}" if (extra := row[BESIDE]) else "") for row in rows]
     return " · ".join(cells)
+
+
+def kept_part(name: str) -> str:
+    """All tables of one benchmark, without a heading; nothing where it has not been run."""
+    return section(name).partition("\n\n")[2].rstrip("\n") if load(name) else ""
 
 
 def bounds() -> list[dict[str, Any]]:
