@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client_app.objectives.base import Findings, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
@@ -48,14 +48,15 @@ def gated(task: Task) -> Objective:
     gates = gates_of(task.model)
     if settings.get("personal", False):
         _recall(gates, task.memory.get("gates", {}))
+    work = None if task.examples is None else _Work(task)  # before compact execution hides what is whole
     gates.configure(
         str(settings.get("share", "group")), bool(settings.get("compact", True)), int(settings.get("num-groups", 4))
     )
     plan = _measure(task) if settings.get("measure", False) else ()
     base = cross_entropy(task)
-    if task.examples is None:
+    if work is None:
         return replace(base, predict=lambda x: last_logits(task.model(packed(x))))
-    evidence, work = Evidence(gates, len(task.label_counts)), _Work(task)
+    evidence = Evidence(gates, len(task.label_counts))
     losers = Losers(task, gates) if settings.get("optimizer-mask", True) else None
     sparsity = float(settings.get("sparsity", 0.0))
 
@@ -103,9 +104,10 @@ class _Work:
 
 def _recall(gates: Gates, memory: Mapping[str, Tensor]) -> None:
     """Put the client's own gates in; what the server sent, if anything, is where they begin."""
-    for name, parameter in gates.named_parameters():
+    for name, parameter in list(gates.named_parameters()):
         if name in memory:
-            parameter.data = memory[name].to(gates.device)
+            path, _, leaf = name.rpartition(".")
+            setattr(gates.get_submodule(path), leaf, nn.Parameter(memory[name].to(gates.device, copy=True)))
         elif parameter.is_meta:
             raise ObjectiveError(
                 "gated: this client should go on with its own gates but remembers none; its store was lost, or it is "

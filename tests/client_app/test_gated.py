@@ -24,11 +24,11 @@ from zoo import get_model
 WIDTHS = {"stage2": 64, "stage3": 128}
 
 
-def task_of(density: float = 0.5, train: TrainConfig | None = None, memory: Any = None, **settings: Any) -> Task:
+def task_of(at: float = 0.5, train: TrainConfig | None = None, memory: Any = None, **settings: Any) -> Task:
     """The CNN on 24 random images of 8 x 8."""
     torch.manual_seed(0)
     model, layout = get_model("cnn", 10, 1, 8, gates=True)
-    gates_of(model).set_density(density)
+    gates_of(model).set_density(at)
     with torch.device("meta"):
         full, _ = get_model("cnn", 10, 1, 8, gates=True)
     generator = torch.Generator().manual_seed(1)
