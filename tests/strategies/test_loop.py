@@ -14,7 +14,7 @@ from tests.strategies.scalar import World
 from wire.flat import ConfigError
 from wire.message import Failure, Instruction, Report
 
-SUB_MODELS = [name for name in STRATEGIES if name not in LOOPS]
+SUB_MODELS = [name for name, kind in STRATEGIES.items() if name not in LOOPS and not kind.needs_barrier]
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
