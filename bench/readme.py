@@ -55,12 +55,12 @@ def replace_part(text: str, name: str, content: str) -> str:
 
 def adaptcl_part() -> str:
     """The main columns of bench.adaptcl, one table for each task and fleet."""
-    record = load("adaptcl")
-    tables = record["results"]["tables"] if record else []
-    parts = [source(record)] if record else []
-    for table in tables:
-        rows = [{name: row[name] for name in MAIN_COLUMNS if name in row} for row in table["rows"]]
-        parts.append(f"**{title_of(table)}**\n\n{markdown(rows)}")
+    parts = []
+    for record in filter(None, (load("adaptcl"), load("adaptcl_cifar10"))):
+        parts.append(source(record))
+        for table in record["results"]["tables"]:
+            rows = [{name: row[name] for name in MAIN_COLUMNS if name in row} for row in table["rows"]]
+            parts.append(f"**{title_of(table)}**\n\n{markdown(rows)}")
     return "\n\n".join(parts)
 
 
@@ -109,7 +109,7 @@ def section(name: str) -> str:
     """All tables of one benchmark."""
     record = load(name)
     assert record is not None
-    parts = [f"## bench.{name}", source(record)]
+    parts = [f"## {name}", source(record)]
     for what, value in record["results"].items():
         if what == "tables":
             parts += [f"**{title_of(table)}**\n\n{markdown(table['rows'])}" for table in value]
