@@ -189,6 +189,9 @@ class ADP(SubModelStrategy):
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """As the base does it; and say what the gates did."""
         merged = self._base.close(super().merge(mean), self.progress.state)
+        if self.config.gates == "personal":  # nobody sent any; a mean of equal values may be off by a rounding
+            kept = {key: tensor for key, tensor in self.progress.state.items() if key.startswith(PREFIX)}
+            merged = replace(merged, state={**merged.state, **kept})
         if self.config.mode == "gate":
             row = self._rows.close([group.name for group in self._groups])
             where = {"server_round": self.progress.server_round + 1, "density": self._density}
