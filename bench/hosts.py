@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from server_app.processes import list_descendants
+from server_app.processes import die_with_parent, list_descendants
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -44,6 +44,7 @@ class Process:
             self.popen = subprocess.Popen(
                 command, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                 start_new_session=True,
+                preexec_fn=die_with_parent(),
             )  # fmt: skip
 
     @property

@@ -35,7 +35,7 @@ class DeploymentConfig:
 
     min_clients: int = 0
     join_timeout_s: float = 120.0
-    num_probes: int = 2
+    num_probes: int = 3
 
     def __post_init__(self) -> None:
         """Check every range."""

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+SURE = 3
+"""Messages of a client after which the line is believed; until then its worst empty round trip counts as overhead."""
 WINDOW = 32
 """Round trips remembered for each client: a link that changes is believed after so many."""
 
@@ -34,7 +36,11 @@ class TravelModel:
 
     def transfer_s(self, partition_id: int, num_bytes: float) -> float:
         """Seconds that ``num_bytes`` need on the client's link; 0 while nothing tells link and overhead apart."""
-        return num_bytes * line_below(tuple(self._points.get(partition_id, ())))[1]
+        points = list(self._points.get(partition_id, ()))
+        full = [point for point in points if point[0] > 0]
+        if len(full) < SURE:  # one unlucky round trip must not pass for a slow link
+            points = full + [(0.0, max(y for x, y in points if x == 0))] if len(full) < len(points) else full
+        return num_bytes * line_below(points)[1]
 
 
 def line_below(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import pytest
 
 from bench.hosts import Federation, rows_of, wait_until
 from server_app.checkpoint import load_checkpoint
+from strategies import STRATEGIES
 from tests.deploy.conftest import LIMIT_S, SMALL
 from tests.runs import select
 
@@ -170,12 +171,16 @@ def test_after_all_nodes_are_killed_others_with_their_partitions_take_over(tmp_p
 # --- with TLS and keys ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "adaptcl"])
+@pytest.mark.parametrize(
+    "strategy", [name for name in ("fedavg", "adaptcl", "cos2p", "adasplit") if name in STRATEGIES]
+)
 def test_a_run_over_tls_with_authenticated_nodes(strategy, secure, tmp_path):
     run_dir = tmp_path / "run"
     tokens = ADAPTCL if strategy == "adaptcl" else (f"strategy={strategy}",)
-    rows = finish(secure.submit(run_dir, *tokens, "num-clients=2", "num-rounds=2", *SMALL), run_dir)
-    assert [row["num_merged"] for row in select(rows, "merge")] == [2, 2]
+    model = ("model.name=resnet8", "data.max-train=120") if strategy == "cos2p" else ()
+    rows = finish(secure.submit(run_dir, *tokens, "num-clients=2", "num-rounds=2", *SMALL, *model), run_dir)
+    assert len(select(rows, "merge")) == 2
+    assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
 
 
 def test_a_node_whose_key_is_not_registered_is_refused(secure):

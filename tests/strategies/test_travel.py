@@ -55,6 +55,16 @@ def test_polling_and_process_starts_do_not_count_as_the_link():
     assert model.transfer_s(1, 800_000) == pytest.approx(0.8, rel=0.1)
 
 
+def test_one_unlucky_round_trip_does_not_pass_for_a_slow_link_but_a_slow_link_is_known_at_once():
+    unlucky, slow = TravelModel(), TravelModel()
+    for model, loaded_s in ((unlucky, 9.0), (slow, 40.0)):
+        for travel_s in (4.0, 10.0):
+            model.observe(0, 0, travel_s)
+        model.observe(0, 1e6, loaded_s)
+    assert unlucky.transfer_s(0, 1e6) == 0
+    assert slow.transfer_s(0, 1e6) == pytest.approx(30)
+
+
 def test_a_link_that_becomes_slower_is_believed_after_a_window():
     model = TravelModel(window=4)
     for speed in (1e6, 1e5):
