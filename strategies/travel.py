@@ -39,7 +39,8 @@ class TravelModel:
         points = list(self._points.get(partition_id, ()))
         full = [point for point in points if point[0] > 0]
         if len(full) < SURE:  # one unlucky round trip must not pass for a slow link
-            points = full + [(0.0, max(y for x, y in points if x == 0))] if len(full) < len(points) else full
+            empty = [y for x, y in points if x == 0]
+            points = [*full, (0.0, max(empty))] if empty else full
         return num_bytes * line_below(points)[1]
 
 
