@@ -1,0 +1,69 @@
+"""Split learning over Flower's messages: the same event log, and as many messages as its exchange says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from flwr.app import RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client_app.handler import handle
+from tests.runs import equal_states, final_state, tiny_run, without_timings
+from tests.wire.test_grid import FakeGrid, node
+from wire.grid import GridTransport, report_to_record
+from wire.message import Instruction
+
+BASE: dict[str, Any] = {
+    "num_clients": 2,
+    "num_rounds": 3,
+    "data__max_train": 160,
+    "train__local_epochs": 1,
+    "train__momentum": 0.0,
+    "adasplit__kappa": 0.4,
+    "adasplit__eta": 1.0,
+    "evaluation__every": 9,
+}
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's messages belong to a task, which an engine would have set."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def over_grid(folder: Any, **settings: Any) -> tuple[list[dict[str, Any]], Counter[int]]:
+    """Rows of a run, and the training messages of every round."""
+    messages: Counter[int] = Counter()
+
+    def work(instruction: Instruction) -> RecordDict:
+        if instruction.action == "train":
+            messages[instruction.server_round] += 1
+        return report_to_record(handle(instruction))
+
+    grid = FakeGrid({100 + pid: node(pid, work) for pid in range(2)})
+    transport = GridTransport(grid, 2)  # type: ignore[arg-type]
+    return tiny_run(folder, transport=transport, **BASE, **settings), messages
+
+
+@pytest.mark.parametrize(
+    ("settings", "exchanges"),
+    [
+        ({"strategy": "adasplit", "adasplit__exchange": "exact"}, 4),
+        ({"strategy": "adasplit", "adasplit__segments": 2}, 2),
+        ({"strategy": "adasplit", "adasplit__exchange": "frozen"}, 1),
+        ({"strategy": "splitfed"}, 5),
+        ({"strategy": "sl-basic"}, 5),
+    ],
+    ids=["exact", "two segments", "frozen", "splitfed", "sl-basic"],
+)
+def test_messages_change_nothing_and_are_as_many_as_the_exchange_says(settings, exchanges, tmp_path):
+    """64 images a client in batches of 16: four steps a round."""
+    rows, messages = over_grid(tmp_path / "grid", **settings)
+    assert without_timings(rows) == without_timings(tiny_run(tmp_path / "local", **BASE, **settings))
+    assert equal_states(final_state(tmp_path / "grid"), final_state(tmp_path / "local"))
+    assert messages[3] == 2 * exchanges
+    if settings["strategy"] == "adasplit":
+        assert messages[1] == 2  # the local phase is one request
