@@ -22,7 +22,7 @@ from bench.common import finish, options, print_table, within
 from bench.step import stepper, take_turns
 from client_app.data import Examples
 from client_app.objectives import Task, make_objective
-from client_app.objectives.masks import MaskPhase, gated_groups
+from client_app.objectives.masks import MaskPhase, gated_groups, mask_macs
 from pruning.capability import inner_groups, solve_rate, sub_model_at
 from pruning.cost import measure_costs
 from pruning.extract import resize
@@ -101,10 +101,13 @@ def measure(name: str, rate: float, arguments: argparse.Namespace) -> list[dict[
     def part(spec: SubModelSpec) -> Task:
         return replace(task, model=resize(network, layout, spec).train(), spec=spec, learning_rate=0.01)
 
+    with torch.device("meta"):
+        blank, _ = vit(10, 3, image_size, **size, exits=True)
+    phase_macs = mask_macs(blank, layout, whole, tuple(x.shape[1:]))
     rows = []
     for phase, mine, rival, macs in (
         ("weights", weight_step(part(small)), plain(size, depth, rate, image_size), float(cost.of(small).train_macs)),
-        ("masks", mask_step(part(whole)), plain(size, depth, 1.0, image_size), 2.0 * cost.of(whole).macs),
+        ("masks", mask_step(part(whole)), plain(size, depth, 1.0, image_size), float(phase_macs)),
     ):
         rival_macs = macs_of(rival, x)
         ours, theirs = take_turns([mine, stepper(rival, x, y)], arguments.budget_s, arguments.least)

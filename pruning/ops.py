@@ -27,7 +27,8 @@ class Product:
     ----------
     key : of the weight; None for a product of two activations.
     path : of the module it happened in.
-    macs, train_macs : multiply-accumulates forward, and forward and backward: no gradient flows into the input data.
+    macs, train_macs : multiply-accumulates forward, and forward and backward: no gradient flows into the input data,
+        nor into weights that are frozen.
     """
 
     key: str | None
@@ -148,7 +149,9 @@ class _Watch(TorchDispatchMode):
             return
         key, shape = self._keys[_memory(weight)]
         macs /= self._batch
-        self.trace.products.append(Product(key, self.paths[-1], macs, macs * (3 if x.requires_grad else 2)))
+        self.trace.products.append(
+            Product(key, self.paths[-1], macs, macs * (1 + x.requires_grad + weight.requires_grad))
+        )
         self._keep(x, key, 1 if len(shape) > 1 and shape[1] > 1 else 0)
         self._last = (key, 0)
 

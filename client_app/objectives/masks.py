@@ -21,7 +21,7 @@ from pruning.capability import groups_within, inner_groups, widths_at
 from pruning.cost import CostModel, measure_costs
 from pruning.extract import narrow, resize, shapes_of
 from pruning.groups import Group, Layout
-from pruning.spec import SubModelSpec
+from pruning.spec import FULL, SubModelSpec
 from wire.training import make_optimizer
 
 THEN = {"cross-entropy": cross_entropy, "exits": exits, "deepest-teaches": deepest_teaches, "mutual": mutual}
@@ -74,7 +74,8 @@ def mask_learning(task: Task) -> Objective:
     small.requires_grad_(True).train()
     task.model.to("meta")  # the device has room for one of the two
     inner = THEN[kind](replace(task, model=small, spec=learned.spec))
-    cost = _costs(task.full, task.layout, tuple(task.examples.x.shape[1:]))
+    shape = tuple(task.examples.x.shape[1:])
+    cost, phase_macs = _costs(task.full, task.layout, shape), mask_macs(task.full, task.layout, task.spec, shape)
     num_trained = 0
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +85,7 @@ def mask_learning(task: Task) -> Objective:
 
     def finish(num_steps: int) -> Findings:
         found = inner.finish(num_steps)
-        # Forward, and backward to the activations; no gradient of any weight but those of the last head.
-        macs = 2.0 * cost.of(task.spec).macs * learned.num_seen + cost.of(learned.spec).train_macs * num_trained
+        macs = phase_macs * learned.num_seen + cost.of(learned.spec).train_macs * num_trained
         return replace(
             found,
             memory={**found.memory, **learned.memory},
@@ -131,12 +131,10 @@ class MaskPhase:
         self.task, self.groups = task, groups
         self.rate, self.penalty = float(settings["width-rate"]), float(settings.get("mask-penalty", 1.0))
         device = next(model.parameters()).device
-        self.gates = Gates(model, groups, _first_scores(task, groups, self.rate, device))
-        trained = _trained_beside(model)
+        trained = freeze(model)
         state = model.state_dict(keep_vars=True).items()
         self._before = {key: tensor.detach().clone() for key, tensor in state if _may_change(tensor, trained)}
-        for parameter in model.parameters():
-            parameter.requires_grad_(any(parameter is p for p in trained))
+        self.gates = Gates(model, groups, _first_scores(task, groups, self.rate, device))
         self._scores = torch.optim.Adam([self.gates.scores], lr=float(settings.get("mask-learning-rate", 0.01)))
         _restore(self._scores, task.memory, self.gates)
         self._beside = make_optimizer(task.train, trained, task.learning_rate)
@@ -216,12 +214,15 @@ def _first_scores(task: Task, groups: tuple[Group, ...], rate: float, device: to
     }
 
 
-def _trained_beside(model: nn.Module) -> list[nn.Parameter]:
-    """Whatever belongs to no linear layer or convolution, and the deepest head."""
+def freeze(model: nn.Module) -> list[nn.Parameter]:
+    """Freeze all but what belongs to no linear layer or convolution, and the deepest head; return that."""
     found = [p for m in model.modules() if not isinstance(m, READERS) for p in m.parameters(recurse=False)]
     heads = getattr(model, "heads", None)
     last = list(heads[-1].parameters()) if isinstance(heads, nn.ModuleList) and len(heads) else []
-    return [*found, *(p for p in last if all(p is not other for other in found))]
+    trained = [*found, *(p for p in last if all(p is not other for other in found))]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is p for p in trained))
+    return trained
 
 
 def _may_change(tensor: Tensor, trained: list[nn.Parameter]) -> bool:
@@ -248,3 +249,11 @@ def _restore(optimizer: torch.optim.Adam, memory: Mapping[str, object], gates: G
 @lru_cache(maxsize=4)
 def _costs(full: nn.Module, layout: Layout, shape: tuple[int, ...]) -> CostModel:
     return measure_costs(full, layout, torch.empty(2, *shape, device="meta"))
+
+
+@lru_cache(maxsize=64)
+def mask_macs(full: nn.Module, layout: Layout, spec: SubModelSpec, shape: tuple[int, ...]) -> int:
+    """MACs per example of a step of the mask phase on the sub-model of ``spec``; ``full`` is without storage."""
+    blank = resize(full, layout, spec)
+    freeze(blank)
+    return measure_costs(blank, Layout(()), torch.empty(2, *shape, device="meta")).of(FULL).train_macs

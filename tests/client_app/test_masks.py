@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from client_app.handler import handle
 from client_app.objectives import ObjectiveError, Task, make_objective
-from client_app.objectives.gates import Gates, StraightThrough
-from client_app.objectives.masks import choose_units, gated_groups, learn_mask
+from client_app.objectives.gates import GatedProduct, Gates, StraightThrough
+from client_app.objectives.masks import choose_units, freeze, gated_groups, learn_mask
 from client_app.store import ClientStore
 from pruning.capability import inner_groups
 from pruning.cost import measure_costs
@@ -232,7 +233,14 @@ def test_both_phases_are_in_the_macs_and_the_larger_one_is_the_peak(masked):
     report = handle(instruction)
     model, layout = build("tests.vits:small")
     cost = measure_costs(model, layout, torch.zeros(2, 1, 8, 8))
-    expected = 2 * cost.of(FULL).macs * 2 * 64 + cost.of(report.narrowed).train_macs * 64
+    # Forward, backward through every product; of weights only those of the last head get gradients.
+    tokens, images, dim, classes = 17, 16, 32, 10
+    attention = 4 * 2 * tokens * tokens * dim
+    embedding, heads = images * 4 * dim, classes * dim
+    blocks = 4 * tokens * (4 * dim * dim + 8 * dim * dim)
+    assert cost.of(FULL).macs == attention + embedding + blocks + 4 * heads
+    expected = (3 * attention + embedding + 2 * (blocks + 3 * heads) + 3 * heads) * 2 * 64
+    expected += cost.of(report.narrowed).train_macs * 64
     assert report.train_macs == expected
     plain = handle(replace(instruction, objective="deepest-teaches"))
     small = handle(
@@ -284,3 +292,36 @@ def test_a_regulariser_reaches_the_small_model(masked):
     sparse = handle(masked("resnet8", True, train={"sparsity": 0.05}))
     assert plain.narrowed == sparse.narrowed
     assert sparse.state["blocks.0.norm1.weight"].abs().sum() < plain.state["blocks.0.norm1.weight"].abs().sum()
+
+
+def test_gating_a_frozen_layers_columns_is_gating_its_input_gradients_included():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    layer, gate = nn.Linear(6, 4), torch.tensor([0.0, 1, 1, 0, 1, 0], requires_grad=True)
+    direction = torch.randn(2, 3, 4)
+    results = []
+    for product in (
+        GatedProduct.apply(x, layer.weight.detach(), layer.bias.detach(), gate),
+        functional.linear(x * gate, layer.weight, layer.bias),
+    ):
+        results.append((product.detach(), *torch.autograd.grad((product * direction).sum(), (x, gate))))
+    for mine, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_both_ways_of_gating_give_the_scores_the_same_gradients():
+    found = []
+    for is_frozen in (True, False):
+        model, layout = build("tests.vits:small")
+        if is_frozen:
+            freeze(model)
+        groups = inner_groups(layout, dict(shapes_of(model.state_dict())))
+        gates = Gates(model, groups, {group.name: torch.zeros(group.size) for group in groups})
+        assert bool(gates._replaced) == is_frozen
+        gates.draw(torch.Generator().manual_seed(1))
+        x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+        model(x)[-1].square().sum().backward()
+        gates.remove()
+        assert not any("forward" in vars(module) for module in model.modules())
+        found.append(gates.scores.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
