@@ -39,6 +39,7 @@ SHARES = (0.8, 0.9, 1.0)
 """Of FedAvg's best accuracy, where it does not get to the first target."""
 
 SETTINGS: dict[str, Keys] = {
+    "adp": {"model.gates": True},
     "depthfl": {"model.exits": True},
     "scalefl": {"model.exits": True},
     "adaptcl": {"adaptcl.rates.min-retention-ratio": 0.3},

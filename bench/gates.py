@@ -155,10 +155,8 @@ def ready(model: nn.Module, label: str, share: str, size: int) -> nn.Module:
 def macs_share(model: nn.Module, images: Tensor) -> float:
     """Multiply-accumulates that one pass executes, gates included, as a share of the dense net's."""
     twin = copy.deepcopy(model).eval()
-    execution = gates_of(twin).execution
-    is_compact, execution.is_compact = execution.is_compact, False  # whole products are recognised by their weights
-    products = trace_ops(twin, images[:1]).products
-    execution.is_compact = is_compact
+    with gates_of(twin).whole():  # products are recognised by the weights that they are made with
+        products = trace_ops(twin, images[:1]).products
     with torch.no_grad():
         twin(images)
     ratios = executed_ratios(twin)

@@ -10,6 +10,7 @@ from statistics import median
 from matplotlib.axes import Axes
 
 from reporting.curve import accuracy_curve, first_reaching
+from reporting.gates import draw_gates, draw_plan
 from reporting.log import RunLog
 from reporting.maps import draw_coverage, draw_labels, draw_widths
 from reporting.style import (
@@ -281,6 +282,8 @@ DRAWINGS = (
     draw_widths,
     draw_family,
     draw_coverage,
+    draw_gates,
+    draw_plan,
     draw_ledger,
     draw_labels,
 )

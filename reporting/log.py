@@ -23,9 +23,11 @@ from reporting.rows import (
     Decision,
     End,
     Evaluation,
+    Gates,
     LogError,
     Merge,
     Notice,
+    Plan,
     Row,
     RunInfo,
     build_row,
@@ -55,6 +57,8 @@ class RunLog:
     merges: tuple[Merge, ...] = ()
     decisions: tuple[Decision, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    gates: tuple[Gates, ...] = ()
+    plans: tuple[Plan, ...] = ()
     warnings: tuple[Notice, ...] = ()
     end: End | None = None
     problems: tuple[str, ...] = ()
@@ -128,6 +132,8 @@ def read_events(path: str | Path) -> RunLog:
         merges=tuple(found["merge"]),
         decisions=tuple(found["decision"]),
         evaluations=tuple(found["evaluation"]),
+        gates=tuple(found["gates"]),
+        plans=tuple(found["plan"]),
         warnings=tuple(found["warning"]),
         end=found["end"][-1] if found["end"] else None,
         problems=tuple(problems),

@@ -147,6 +147,33 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """What the gates of dynamic pruning did in one round, the mean over clients.
+
+    ``layers``: layer -> statistic -> value in [0, 1], of the layers in which units lost. ``overlaps``: of the winners
+    of any two classes, one row per class.
+    """
+
+    server_round: int
+    density: float = 1.0
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    overlaps: tuple[tuple[float, ...], ...] = ()
+    wall_s: float = 0.0
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one client measured of every gated layer: ``dense_s`` and ``gated_s`` of one training pass."""
+
+    partition_id: int
+    server_round: int | None = None
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    wall_s: float = 0.0
+    line: int = 0
+
+
+@dataclass(frozen=True)
 class Notice:
     """A ``warning`` row."""
 
@@ -173,6 +200,8 @@ ROW_CLASSES: dict[str, type[Any]] = {
     "merge": Merge,
     "decision": Decision,
     "evaluation": Evaluation,
+    "gates": Gates,
+    "plan": Plan,
     "warning": Notice,
     "end": End,
 }
@@ -208,6 +237,10 @@ def _dict(value: Any) -> dict[str, Any]:
     return value
 
 
+def _floats(value: Any) -> dict[str, float]:
+    return {key: _float(item) for key, item in _dict(value).items() if item is not None}
+
+
 def _family(value: Any) -> tuple[FamilyMember, ...]:
     if not isinstance(value, list):
         raise TypeError("a list of objects")
@@ -221,7 +254,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "str": _str,
     "Mapping[str, Any]": _dict,
     "Mapping[str, int]": lambda value: {key: _int(item) for key, item in _dict(value).items()},
-    "Mapping[str, float]": lambda value: {key: _float(item) for key, item in _dict(value).items() if item is not None},
+    "Mapping[str, float]": lambda value: _floats(value),
+    "Mapping[str, Mapping[str, float]]": lambda value: {key: _floats(item) for key, item in _dict(value).items()},
+    "tuple[tuple[float, ...], ...]": lambda value: tuple(tuple(_float(item) for item in row) for row in value),
     "tuple[int, ...]": lambda value: tuple(_int(item) for item in value),
     "tuple[FamilyMember, ...]": _family,
 }

@@ -168,8 +168,9 @@ class ADP(SubModelStrategy):
         self._rows.note(report.companions)
         if PLAN in report.companions:
             times = self._times[arrival.entry.partition_id] = report.companions[PLAN]
+            who = {"partition_id": arrival.entry.partition_id}
             row = plan_row(times, [group.name for group in self._groups])
-            self.listen({"event": "plan", "partition_id": arrival.entry.partition_id, **row})
+            self.listen({"event": "plan", "server_round": arrival.entry.server_round, **who, **row})
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Average what was sent, unit by unit over those who sent it."""
@@ -189,8 +190,8 @@ class ADP(SubModelStrategy):
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """As the base does it; and say what the gates did."""
         merged = self._base.close(super().merge(mean), self.progress.state)
-        if self.config.gates == "personal":  # nobody sent any; a mean of equal values may be off by a rounding
-            kept = {key: tensor for key, tensor in self.progress.state.items() if key.startswith(PREFIX)}
+        if self.config.gates == "personal":  # the mean of equal numbers may differ from them in its last bit
+            kept = {key: t for key, t in self.progress.state.items() if not _without_gates(key)}
             merged = replace(merged, state={**merged.state, **kept})
         if self.config.mode == "gate":
             row = self._rows.close([group.name for group in self._groups])

@@ -48,15 +48,14 @@ def gated(task: Task) -> Objective:
     gates = gates_of(task.model)
     if settings.get("personal", False):
         _recall(gates, task.memory.get("gates", {}))
-    work = None if task.examples is None else _Work(task)  # before compact execution hides what is whole
     gates.configure(
         str(settings.get("share", "group")), bool(settings.get("compact", True)), int(settings.get("num-groups", 4))
     )
     plan = _measure(task) if settings.get("measure", False) else ()
     base = cross_entropy(task)
-    if work is None:
+    if task.examples is None:
         return replace(base, predict=lambda x: last_logits(task.model(packed(x))))
-    evidence = Evidence(gates, len(task.label_counts))
+    evidence, work = Evidence(gates, len(task.label_counts)), _Work(task)
     losers = Losers(task, gates) if settings.get("optimizer-mask", True) else None
     sparsity = float(settings.get("sparsity", 0.0))
 
@@ -89,7 +88,9 @@ class _Work:
         image = torch.zeros_like(task.examples.x[:1], dtype=torch.float32)
         self._model, self._whole = task.model, dict[str, float]()
         self._rest, self.train_macs = 0.0, 0.0
-        for product in trace_ops(task.model, image).products:
+        with gates_of(task.model).whole():  # products are recognised by the weights that they are made with
+            products = trace_ops(task.model, image).products
+        for product in products:
             if product.key is None:
                 self._rest += product.train_macs
             else:
@@ -104,15 +105,16 @@ class _Work:
 
 def _recall(gates: Gates, memory: Mapping[str, Tensor]) -> None:
     """Put the client's own gates in; what the server sent, if anything, is where they begin."""
-    for name, parameter in list(gates.named_parameters()):
-        if name in memory:
-            path, _, leaf = name.rpartition(".")
-            setattr(gates.get_submodule(path), leaf, nn.Parameter(memory[name].to(gates.device, copy=True)))
-        elif parameter.is_meta:
-            raise ObjectiveError(
-                "gated: this client should go on with its own gates but remembers none; its store was lost, or it is "
-                "another client: start a new run, or use adp.gates=global"
-            )
+    for key, gate in gates.items():
+        for part in ("weight", "bias"):
+            own = memory.get(f"{key}.{part}")
+            if own is not None:
+                setattr(gate, part, nn.Parameter(own.to(gates.device, copy=True)))
+            elif getattr(gate, part).is_meta:
+                raise ObjectiveError(
+                    "gated: this client should go on with its own gates but remembers none; its store was lost, or it "
+                    "is another client: start a new run, or use adp.gates=global"
+                )
 
 
 def _measure(task: Task) -> tuple[LayerPlan, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -70,6 +71,15 @@ class Gates(nn.ModuleDict):
         for site, gate in self.pairs():
             gate.num_winners.fill_(num_winners(site.size, density))
         return self
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, the network is executed whole and masked."""
+        is_compact, self.execution.is_compact = self.execution.is_compact, False
+        try:
+            yield
+        finally:
+            self.execution.is_compact = is_compact
 
     def leave_dense(self, groups: Iterable[str]) -> Gates:
         """Gate the named groups by nothing."""

@@ -108,7 +108,16 @@ def make_rows(
             "coverage": held, "merge_cpu_s": 0.004,
         })  # fmt: skip
 
+    def gates(server_round: int) -> None:
+        layers = {g: {"entropy": 0.9, "overlap": 0.6, "never_used_ratio": 0.1, "agreement": 0.8} for g in GROUPS}
+        overlaps = [[1.0 if a == b else 0.5 for b in range(10)] for a in range(10)]
+        rows.append({"event": "gates", "server_round": server_round, "density": 0.5, "layers": layers,
+                     "overlaps": overlaps})  # fmt: skip
+
     now_s, version = 0.0, 0
+    if adaptive:
+        times = {g: {"dense_s": 0.02, "gated_s": 0.012} for g in GROUPS}
+        rows.append({"event": "plan", "server_round": 1, "partition_id": 0, "layers": times})
     evaluate(0, 0, 0.0)
     if buffer:
         flying = [arrival(i, 1, 0.0, 0, 0) for i in range(num_clients)]
@@ -132,6 +141,8 @@ def make_rows(
             rows.extend(taken)
             version += 1
             merge(server_round, version, now_s, taken)
+            if adaptive:
+                gates(server_round)
             if adaptive and server_round % 5 == 0 and server_round < num_rounds:
                 times = {row["partition_id"]: row["update_time_s"] for row in taken}
                 fastest = min(times, key=lambda i: times[i])

@@ -1,0 +1,304 @@
+"""ADP on FedAvg and SCAFFOLD: what dynamic pruning costs in accuracy and saves in bytes, MACs and seconds.
+
+    python -m bench.adp --data-dir data                          # the budget below: half a day on 2 cores, resumable
+    python -m bench.adp --data-dir data --rounds 100 --images 0 --device cuda     # the papers' budget, on a GPU
+    python -m bench.adp --base fedavg --partition dirichlet:0.1 --density 0.5 --seeds 1
+    python -m bench.adp --quick                                  # digits, one seed, in a minute
+
+CIFAR-10, ResNet-32, 10 clients; 4,000 training images of all clients together and 40 rounds of one local epoch by
+default, of 50,000 and 100 in the papers. Every run is kept in results/bench/adp; a run that is there is not repeated,
+and the tables are made of what there is.
+
+``plain``: the base algorithm on the model without gates. ``d=1``: with gates and nothing pruned, *the same
+architecture*, which savings are counted against. ``--controls`` adds, at density .5: ``client`` (a sub-model per
+client), ``static`` (the same units for everybody and every input), ``magnitude`` (what one published snapshot does).
+
+Bytes to a target are counted in three ways. *Authors'*: rounds to the target, times the bytes of a whole model for
+every client and direction. *Salient*: the uploads that were really sent. *Wire*: all tensors, both ways. A target
+counts as reached at its first hit, or where the mean of five rounds is there. Targets are accuracies, and shares of
+what the unpruned run of the same seed had at best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.common import finish, num_cores, print_table
+from bench.common import options as common_options
+from bench.runs import STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, read
+
+PARTITIONS = ("dirichlet:0.1", "dirichlet:0.5", "iid")
+DENSITIES = (1.0, 0.7, 0.5, 0.3)
+BASES = ("fedavg", "scaffold")
+CONTROLS: dict[str, Keys] = {
+    "client": {"adp.share": "client"},
+    "static": {"adp.mode": "static", "model.gates": False},
+    "magnitude": {"adp.mode": "magnitude", "model.gates": False},
+}
+UNPRUNED = "d=1"
+TARGETS = (0.6, 0.7, 0.75, 0.8)
+SHARES = (0.9, 1.0)
+CLAIMED = {"communication": -0.57, "inference MACs": -0.50}
+WINDOW = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """A learning problem with its budget."""
+
+    name: str
+    keys: Keys
+    num_rounds: int
+    num_images: int
+
+
+CIFAR = Task(
+    "cifar10-resnet32",
+    {
+        "data.name": "cifar10",
+        "data.max-test": 2000,
+        "model.name": "resnet32",
+        "num-clients": 10,
+        "fleet.name": "uniform",
+        "train.augment": "flip-shift",
+        "train.learning-rate": 0.05,
+        "train.schedule": "constant",
+    },
+    40,
+    4000,
+)
+DIGITS = Task(
+    "digits-cnn",
+    {
+        "data.name": "digits",
+        "model.name": "cnn",
+        "model.width": 0.5,
+        "num-clients": 4,
+        "fleet.name": "uniform",
+        "adp.warmup-rounds": 1,
+        "adp.ramp-rounds": 1,
+    },
+    5,
+    400,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Run what is missing, print the tables."""
+    options = read_options(arguments)
+    task = DIGITS if options.quick else CIFAR
+    if task is CIFAR and not has_cifar(options.data_dir):
+        print(f"no CIFAR-10 in {options.data_dir}: give --data-dir with cifar10.npz or torchvision's files, or --quick")
+        return None
+    names = variants(options)
+    cases = [(base, part, seed) for base in options.base for part in options.partition for seed in range(options.seeds)]
+    jobs = [job_of(task, *case, name, options) for case in cases for name in names]
+    failed = carry_out(jobs, options.workers)
+    for name, reason in failed.items():
+        print(f"left out: {name}: {reason}")
+    tables = []
+    for base in options.base:
+        for partition in options.partition:
+            runs = kept_runs(task, base, partition, names, options)
+            if UNPRUNED in runs:
+                rows = tabulate(runs, options)
+                tables.append({"base": base, "partition": partition, "rows": rows})
+                print_table(f"{task.name} · {base} · {partition} · {options.rounds} rounds", rows)
+    claims = judge(tables)
+    print_table("claims beside what was found", claims)
+    budget = {"rounds": options.rounds, "images": options.images or "all", "task": task.name}
+    return finish("adp", options, {"budget": budget, "tables": tables, "claims": claims}, seeds=range(options.seeds))
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what was not given takes the task's budget."""
+    parser = common_options("adp", __doc__)
+    parser.add_argument("--base", action="append", choices=("fedavg", "fedprox", "scaffold", "fednova"))
+    parser.add_argument("--partition", action="append")
+    parser.add_argument("--density", action="append", type=float)
+    parser.add_argument("--controls", action="store_true", help="also client, static and magnitude")
+    parser.add_argument("--share", default="group", help="who shares winners (default group)")
+    parser.add_argument("--width", type=float, default=1.0, help="of the model, e.g. 4 (default 1)")
+    parser.add_argument("--rounds", type=int, default=0, help=f"default {CIFAR.num_rounds}")
+    parser.add_argument("--images", type=int, help=f"of all clients; 0 for all (default {CIFAR.num_images})")
+    parser.add_argument("--seeds", type=int, default=0, help="how many (default 3, quick 1)")
+    parser.add_argument("--device", default="cpu", help="of the clients: cpu, cuda or auto (default cpu)")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--store", type=Path, default=None, help=f"where runs are kept (default {STORES}/adp)")
+    options = parser.parse_args(arguments)
+    task = DIGITS if options.quick else CIFAR
+    options.seeds = options.seeds or (1 if options.quick else 3)
+    options.base = options.base or (["fedavg"] if options.quick else list(BASES))
+    options.partition = options.partition or (["dirichlet:0.5"] if options.quick else list(PARTITIONS))
+    options.density = options.density or ([1.0, 0.5] if options.quick else list(DENSITIES))
+    options.rounds = options.rounds or task.num_rounds
+    options.images = task.num_images if options.images is None else options.images
+    options.store = options.store or STORES / ("adp-quick" if options.quick else "adp")
+    options.data_dir = str(Path(options.data_dir).absolute())
+    return options
+
+
+def variants(options: argparse.Namespace) -> dict[str, Keys]:
+    """What is compared on one base: its plain form, ADP at every density, the controls. The unpruned run always."""
+    densities = sorted({1.0, *options.density}, reverse=True)
+    found: dict[str, Keys] = {"plain": {}}
+    found |= {f"d={density:g}": {"adp.density": density, "adp.share": options.share} for density in densities}
+    return found | (CONTROLS if options.controls else {})
+
+
+def job_of(task: Task, base: str, partition: str, seed: int, name: str, options: argparse.Namespace) -> Job:
+    """One run."""
+    method: Keys = {"strategy": "adp", "adp.base": base, "model.gates": True, **variants(options)[name]}
+    keys: Keys = {
+        **task.keys,
+        **({"strategy": base} if name == "plain" else method),
+        "model.width": task.keys.get("model.width", 1.0) if options.width == 1 else options.width,
+        "data.partition": partition,
+        "data.dir": options.data_dir,
+        "data.max-train": options.images,
+        "train.device": options.device,
+        "seed": seed,
+        "data.seed": seed,
+        "num-rounds": options.rounds,
+    }
+    what = name if name == "plain" else f"{name}-{options.share}"
+    budget = f"rounds{options.rounds}_images{options.images}_width{options.width:g}"
+    return Job(f"{task.name}_{budget}_{base}_{partition}_seed{seed}_{what}", keys, options.store, outcome)
+
+
+def outcome(log: Path) -> dict[str, Any]:
+    """What the tables need of an event log: per round accuracies, bytes, MACs and seconds; gates at the end."""
+    rounds: dict[int, dict[str, float]] = {}
+    gates: dict[str, Any] = {}
+    for row in read(log):
+        number = row.get("server_round", 0)
+        spent = rounds.setdefault(number, {"up": 0.0, "down": 0.0, "macs": 0.0, "seconds": 0.0, "clients": 0.0})
+        if row["event"] == "arrival" and row["status"] == "merged":
+            spent["up"] += row["upload_bytes"]
+            spent["down"] += row["download_bytes"]
+            spent["macs"] += row["train_macs"]
+            spent["seconds"] += row["measured_compute_s"]
+            spent["clients"] += 1
+            spent["train"] = spent.get("train", 0.0) + row["accuracy"]
+        elif row["event"] == "evaluation" and row["where"] == "central":
+            spent["test"] = max(row["accuracy"], row["accuracy_reestimated"])
+        elif row["event"] == "gates" and row["layers"]:
+            gates = {"layers": row["layers"], "density": row["density"]}
+    curve = [
+        {"round": number, **values} for number, values in sorted(rounds.items()) if number > 0 and "test" in values
+    ]
+    return {"curve": curve, "gates": gates}
+
+
+def kept_runs(
+    task: Task, base: str, partition: str, names: Mapping[str, Keys], options: argparse.Namespace
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Variant -> seed -> outcome, of the runs that there are."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in names:
+        for seed in range(options.seeds):
+            path = job_of(task, base, partition, seed, name, options).path
+            if path.exists():
+                found.setdefault(name, {})[seed] = load(path)
+    return found
+
+
+def tabulate(runs: Mapping[str, Mapping[int, Mapping[str, Any]]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per variant: means over the seeds that the unpruned run has too."""
+    rows = []
+    for name, by_seed in runs.items():
+        columns: dict[str, list[float | None]] = {}
+        for seed, run in by_seed.items():
+            if seed in runs[UNPRUNED]:
+                for column, value in compare(run, runs[UNPRUNED][seed]).items():
+                    columns.setdefault(column, []).append(value)
+        if columns:
+            shown = {column: mean_and_spread(values) for column, values in columns.items()}
+            rows.append({"variant": name, "seeds": len(by_seed), **shown})
+    return rows
+
+
+def compare(run: Mapping[str, Any], unpruned: Mapping[str, Any]) -> dict[str, float | None]:
+    """One run beside the unpruned one of the same seed; savings as shares, negative where less is spent."""
+    curve, whole = run["curve"], unpruned["curve"]
+    row: dict[str, float | None] = {
+        "accuracy": last_mean(curve, "test"),
+        "lost points": 100 * (last_mean(whole, "test") - last_mean(curve, "test")),
+        "train - test": statistics.fmean(p["train"] / p["clients"] - p["test"] for p in curve[-WINDOW:]),
+        "upload": total(curve, "up") / total(whole, "up") - 1,
+        "last upload": curve[-1]["up"] / whole[-1]["up"] - 1,
+        "wire": (total(curve, "up") + total(curve, "down")) / (total(whole, "up") + total(whole, "down")) - 1,
+        "MACs": total(curve, "macs") / total(whole, "macs") - 1,
+        "seconds": total(curve, "seconds") / total(whole, "seconds") - 1,
+    }
+    best = max(point["test"] for point in whole)
+    for label, target in [(f"{t:.0%}", t) for t in TARGETS if t <= best] + [
+        (f"{s:.0%} of best", s * best) for s in SHARES
+    ]:
+        for how, window in (("first hit", 1), ("5-round mean", WINDOW)):
+            mine, theirs = (rounds_to(points, target, window) for points in (curve, whole))
+            row[f"rounds to {label}, {how}"] = mine
+            if label == f"{SHARES[0]:.0%} of best":
+                row |= {
+                    f"{way} bytes to it, {how}": saving for way, saving in savings(curve, whole, mine, theirs).items()
+                }
+    return row
+
+
+def savings(
+    curve: Sequence[Mapping[str, float]], whole: Sequence[Mapping[str, float]], mine: int | None, theirs: int | None
+) -> dict[str, float | None]:
+    """Bytes to a target against the unpruned run, in the three countings."""
+    if mine is None or theirs is None:
+        return dict.fromkeys(("authors'", "salient", "wire"))
+    up, down = (
+        [sum(p[key] for p in points[:n]) for points, n in ((curve, mine), (whole, theirs))] for key in ("up", "down")
+    )
+    return {
+        "authors'": mine / theirs - 1,
+        "salient": up[0] / up[1] - 1,
+        "wire": (up[0] + down[0]) / (up[1] + down[1]) - 1,
+    }
+
+
+def rounds_to(curve: Sequence[Mapping[str, float]], target: float, window: int) -> int | None:
+    """Rounds until the mean test accuracy of the last ``window`` rounds is at ``target``; None if it never is."""
+    for number in range(window, len(curve) + 1):
+        if statistics.fmean(point["test"] for point in curve[number - window : number]) >= target:
+            return number
+    return None
+
+
+def last_mean(curve: Sequence[Mapping[str, float]], key: str) -> float:
+    """Mean over the last five rounds."""
+    return statistics.fmean(point[key] for point in curve[-WINDOW:])
+
+
+def total(curve: Sequence[Mapping[str, float]], key: str) -> float:
+    """Sum over all rounds."""
+    return sum(point[key] for point in curve)
+
+
+def judge(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The paper's communication claim beside every pruned variant that was run, in all three countings."""
+    found = []
+    for table in tables:
+        for row in table["rows"]:
+            if row["variant"] not in ("plain", UNPRUNED):
+                ways = {way: row[f"{way} bytes to it, first hit"] for way in ("authors'", "salient", "wire")}
+                where = f"{table['base']}, {table['partition']}, {row['variant']}"
+                found.append(
+                    {"where": where, "claimed": CLAIMED["communication"], **ways, "last upload": row["last upload"]}
+                    | {"lost points": row["lost points"]}
+                )
+    return found
+
+
+if __name__ == "__main__":
+    main()
