@@ -43,7 +43,6 @@ SETTINGS: dict[str, Keys] = {
     "depthfl": {"model.exits": True},
     "scalefl": {"model.exits": True},
     "adaptcl": {"adaptcl.rates.min-retention-ratio": 0.3},
-    "adp": {"model.gates": True},
 }
 """What a method needs beyond its defaults."""
 

@@ -191,7 +191,7 @@ class ADP(SubModelStrategy):
         """As the base does it; and say what the gates did."""
         merged = self._base.close(super().merge(mean), self.progress.state)
         if self.config.gates == "personal":  # the mean of equal numbers may differ from them in its last bit
-            kept = {key: t for key, t in self.progress.state.items() if not _without_gates(key)}
+            kept = {key: tensor for key, tensor in self.progress.state.items() if key.startswith(PREFIX)}
             merged = replace(merged, state={**merged.state, **kept})
         if self.config.mode == "gate":
             row = self._rows.close([group.name for group in self._groups])
