@@ -22,6 +22,9 @@ from wire.roster import HEAD, Roster, partition_record, push
 STATE, COMPANIONS, METRICS = "state", "companions", "metrics"
 BLOCK, INDEX = "block", "index"
 DAY_S = 86_400.0
+PATIENCE = 0.03
+"""Part of the time since the last message that the next wait takes: asking for answers is work for the SuperLink."""
+MAX_POLL_S = 1.0
 
 
 class NoClientsError(RuntimeError):
@@ -167,7 +170,9 @@ class GridTransport:
     num_clients : partition ids are 0 to num_clients - 1.
     window : requests worth having under way at once.
     time_to_live_s : of a message, its time in queues included: it must be longer than the slowest client's turn.
-    join_timeout_s : give up when no further client has connected for so long.
+    poll_s : shortest wait between two looks for answers.
+    join_timeout_s : give up when no further client has connected for so long; also how long a run whose clients are
+        all gone waits for one before a round passes without an answer.
     min_clients : clients to wait for before the first instruction; 0 for all.
     limits : of answers.
     num_probes : round trips that carry nothing, made with every client that connects, to know the engine's overhead.
@@ -186,9 +191,10 @@ class GridTransport:
         min_clients: int = 0,
     ) -> None:
         self.grid, self.window, self.time_to_live_s, self.poll_s = grid, window, time_to_live_s, poll_s
-        self.limits = limits
+        self.limits, self.join_timeout_s = limits, join_timeout_s
         self._pending: dict[str, tuple[int, int]] = {}
         self._lost: list[Failure] = []
+        self._quiet_since = time.monotonic()
         self._roster = Roster(grid, num_clients, num_probes)
         wanted = min_clients or num_clients
         deadline, num_found = time.monotonic() + join_timeout_s, 0
@@ -206,8 +212,11 @@ class GridTransport:
             time.sleep(0.1)
 
     def clients(self) -> list[int]:
-        """Partition ids of the clients that are connected."""
-        return sorted(self._roster.update())
+        """Partition ids of the clients that are connected; while there are none, waits as long as for one to join."""
+        deadline = time.monotonic() + self.join_timeout_s
+        while not self._roster.update() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return sorted(self._roster.nodes)
 
     def empty_trips(self) -> list[tuple[int, float]]:
         """(partition id, seconds beside the client's own work) of the probes that came back since the last call."""
@@ -222,6 +231,7 @@ class GridTransport:
             sent = push(self.grid, node, instruction.action, instruction_to_record(instruction), self.time_to_live_s)
         if sent:
             self._pending[sent] = (instruction.dispatch, instruction.partition_id)
+            self._quiet_since = time.monotonic()
         else:
             self._lost.append(Failure(instruction.dispatch, instruction.partition_id, "the client is not connected"))
 
@@ -235,9 +245,11 @@ class GridTransport:
                 dispatch, partition_id = self._pending.pop(reply.metadata.reply_to_message_id, (-1, -1))
                 if dispatch >= 0:
                     answers.append(_answer(reply, dispatch, partition_id, self.limits))
-            if answers or not self._pending or time.monotonic() > deadline:
+            now = time.monotonic()
+            self._quiet_since = now if answers else self._quiet_since
+            if answers or not self._pending or now > deadline:
                 return answers
-            time.sleep(self.poll_s)
+            time.sleep(min(MAX_POLL_S, max(self.poll_s, PATIENCE * (now - self._quiet_since))))
 
     def close(self) -> None:
         """Forget what is still under way."""

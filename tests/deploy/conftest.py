@@ -9,8 +9,15 @@ import pytest
 
 from bench.hosts import Federation
 
-SMALL = ("model.name=mlp", "data.max-train=300", "train.batch-size=16", "train.schedule=constant")
-"""A run whose training takes next to nothing: what takes time here is Flower's processes."""
+SMALL = (
+    "num-clients=2",
+    "model.name=mlp",
+    "data.max-train=300",
+    "train.batch-size=16",
+    "train.schedule=constant",
+    "deployment.num-probes=0",
+)
+"""A run whose training takes next to nothing: what takes time here is Flower's processes, one for every message."""
 
 LIMIT_S = 600.0
 """On an idle machine everything here takes seconds; a busy one may take many minutes."""
@@ -18,8 +25,8 @@ LIMIT_S = 600.0
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """Three SuperNodes over loopback without TLS."""
-    with Federation(tmp_path_factory.mktemp("plain") / "f", 3) as federation:
+    """Two SuperNodes over loopback without TLS."""
+    with Federation(tmp_path_factory.mktemp("plain") / "f", 2, poll_s=0.5) as federation:
         yield federation
 
 
@@ -28,5 +35,5 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """Two SuperNodes with TLS and keys."""
     if shutil.which("openssl") is None or shutil.which("ssh-keygen") is None:
         pytest.skip("openssl and ssh-keygen are needed to make keys")
-    with Federation(tmp_path_factory.mktemp("secure") / "f", 2, is_secure=True) as federation:
+    with Federation(tmp_path_factory.mktemp("secure") / "f", 2, is_secure=True, poll_s=0.5) as federation:
         yield federation

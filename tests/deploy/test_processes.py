@@ -12,7 +12,6 @@ import pytest
 
 from bench.hosts import Federation, rows_of, wait_until
 from server_app.checkpoint import load_checkpoint
-from strategies import STRATEGIES
 from tests.deploy.conftest import LIMIT_S, SMALL
 from tests.runs import select
 
@@ -39,15 +38,17 @@ def check_whole(run_dir: Path, rows: list[dict[str, Any]]) -> None:
     assert (run_dir / "report.html").stat().st_size > 1000
 
 
-def has_merged(run_dir: Path, server_round: int):
-    return lambda: any(row["server_round"] >= server_round for row in select(rows_of(run_dir), "merge"))
+def has_merged(run_dir: Path):
+    """Whether the first merge is in the checkpoint, which is written after everything else of a round."""
+    return lambda: any(run_dir.glob("checkpoints/round-*.pt"))
 
 
 def test_fedavg_runs_and_the_engines_time_is_no_part_of_the_update_times(plain, tmp_path):
     run_dir = tmp_path / "run"
-    rows = finish(plain.submit(run_dir, "strategy=fedavg", "num-clients=3", "num-rounds=2", *SMALL), run_dir)
+    tokens = ("strategy=fedavg", "num-rounds=2", *SMALL, "deployment.num-probes=1")
+    rows = finish(plain.submit(run_dir, *tokens), run_dir)
     arrivals = select(rows, "arrival", status="merged")
-    assert len(arrivals) == 6
+    assert len(arrivals) == 4
     for row in arrivals:
         away_s = row["finish_s"] - row["start_s"]
         assert row["compute_s"] > 0
@@ -59,7 +60,7 @@ def test_fedavg_runs_and_the_engines_time_is_no_part_of_the_update_times(plain, 
 
 def test_adaptcl_decides_rates_from_measured_times(plain, tmp_path):
     run_dir = tmp_path / "run"
-    rows = finish(plain.submit(run_dir, *ADAPTCL, "num-clients=3", "num-rounds=3", *SMALL), run_dir)
+    rows = finish(plain.submit(run_dir, *ADAPTCL, "num-rounds=2", *SMALL), run_dir)
     decisions = select(rows, "decision")
     assert decisions
     measured = {row["partition_id"]: row["update_time_s"] for row in select(rows, "arrival", server_round=1)}
@@ -77,8 +78,8 @@ def fresh_clientapps(federation: Federation, name: str, run) -> list[int]:
 def test_a_client_killed_in_the_middle_costs_time_or_its_answer_and_the_node_serves_the_next_round(plain, tmp_path):
     """Flower may start the message's process again, after its lease has run out."""
     run_dir = tmp_path / "run"
-    run = plain.submit(run_dir, "strategy=fedavg", "num-clients=3", "num-rounds=3", "reply-timeout-s=240", *SMALL)
-    wait_until(has_merged(run_dir, 1), LIMIT_S, "the first merge", run)
+    run = plain.submit(run_dir, "strategy=fedavg", "num-rounds=3", "reply-timeout-s=240", *SMALL)
+    wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
     killed = fresh_clientapps(plain, "n0", run)
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
@@ -88,35 +89,35 @@ def test_a_client_killed_in_the_middle_costs_time_or_its_answer_and_the_node_ser
     assert len(rounds) == 3
     assert all(row["status"] in ("merged", "failed") for row in rounds.values())
     assert sum(row["status"] == "failed" for row in rounds.values()) <= 1
-    assert select(rows, "merge")[0]["num_merged"] == 3
+    assert select(rows, "merge")[0]["num_merged"] == 2
     assert all(row["status"] == "merged" for row in select(rows, "arrival") if row["partition_id"] != 0)
 
 
 def test_a_node_frozen_and_thawed_is_waited_for(plain, tmp_path):
     run_dir = tmp_path / "run"
-    run = plain.submit(run_dir, "strategy=fedavg", "num-clients=3", "num-rounds=2", *SMALL)
+    run = plain.submit(run_dir, "strategy=fedavg", "num-rounds=2", *SMALL)
     fresh_clientapps(plain, "n1", run)
     plain.nodes["n1"].signal(signal.SIGSTOP)
     frozen_s = time.monotonic()
     assert plain.superlink is not None
     began = plain.superlink.text().count("Push replies")
-    wait_until(lambda: plain.superlink.text().count("Push replies") > began + 1, LIMIT_S, "the others' answers", run)
+    wait_until(lambda: plain.superlink.text().count("Push replies") > began, LIMIT_S, "the other's answer", run)
     wait_until(lambda: time.monotonic() - frozen_s > 5, 60, "a pause that is to be seen")
     plain.nodes["n1"].signal(signal.SIGCONT)
     rows = finish(run, run_dir)
-    assert [row["num_merged"] for row in select(rows, "merge")] == [3, 3]
+    assert [row["num_merged"] for row in select(rows, "merge")] == [2, 2]
 
 
 def test_after_the_serverapp_is_killed_the_run_goes_on_from_its_last_merge(plain, tmp_path):
     """What was merged is in the checkpoint; at most the round in flight is done again."""
     run_dir = tmp_path / "run"
-    run = plain.submit(run_dir, *ADAPTCL, "num-clients=3", "num-rounds=4", *SMALL, num_attempts=2)
-    wait_until(has_merged(run_dir, 2), LIMIT_S, "the second merge", run)
+    run = plain.submit(run_dir, *ADAPTCL, "num-rounds=3", *SMALL, num_attempts=2)
+    wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
     num_merged = len(select(rows_of(run_dir), "merge"))
     for pid in plain.serverapps():
         os.kill(pid, signal.SIGKILL)
     assert run.popen.wait(timeout=LIMIT_S) == 0, run.text()
-    check_resumed(run_dir, num_merged, run.text(), num_rounds=4)
+    check_resumed(run_dir, num_merged, run.text(), num_rounds=3)
 
 
 def check_resumed(run_dir: Path, num_merged: int, said: str, num_rounds: int) -> None:
@@ -128,17 +129,17 @@ def check_resumed(run_dir: Path, num_merged: int, said: str, num_rounds: int) ->
     merges = select(second, "merge")
     assert [row["server_round"] for row in merges] == list(range(1, num_rounds + 1))
     kept = [row for row in select(first, "merge") if row in merges]
-    assert len(kept) >= num_merged - 1  # a merge is logged a moment before its checkpoint is written
+    assert len(kept) >= num_merged - 1  # the last may have been logged a moment before the kill, and not yet kept
     decided = [row for row in select(first, "decision") if row["server_round"] <= len(kept)]
     assert [row for row in select(second, "decision") if row in decided] == decided
 
 
 def test_after_the_superlink_is_killed_and_restarted_the_run_goes_on_and_the_nodes_find_it_again(tmp_path):
     run_dir = tmp_path / "run"
-    with Federation(tmp_path / "f", 2) as federation:
+    with Federation(tmp_path / "f", 2, poll_s=0.5) as federation:
         before = [federation.node_id(name) for name in federation.nodes]
-        run = federation.submit(run_dir, *ADAPTCL, "num-clients=2", "num-rounds=3", *SMALL, num_attempts=2)
-        wait_until(has_merged(run_dir, 1), LIMIT_S, "the first merge", run)
+        run = federation.submit(run_dir, *ADAPTCL, "num-rounds=3", *SMALL, num_attempts=2)
+        wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
         num_merged = len(select(rows_of(run_dir), "merge"))
         assert federation.superlink is not None
         federation.superlink.kill()
@@ -152,10 +153,10 @@ def test_after_the_superlink_is_killed_and_restarted_the_run_goes_on_and_the_nod
 def test_after_all_nodes_are_killed_others_with_their_partitions_take_over(tmp_path):
     """Without keys a node that returns is another node; the run counts the lost answers and goes on."""
     run_dir = tmp_path / "run"
-    with Federation(tmp_path / "f", 2) as federation:
-        settings = ("num-clients=2", "num-rounds=4", "loop.max-empty-rounds=4", "reply-timeout-s=240", *SMALL)
+    with Federation(tmp_path / "f", 2, poll_s=0.5) as federation:
+        settings = ("num-rounds=3", "loop.max-empty-rounds=2", "reply-timeout-s=240", *SMALL)
         run = federation.submit(run_dir, "strategy=fedavg", *settings)
-        wait_until(has_merged(run_dir, 1), LIMIT_S, "the first merge", run)
+        wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
         fresh_clientapps(federation, "n0", run)
         before = {name: federation.node_id(name) for name in ("n0", "n1")}
         for node in federation.nodes.values():
@@ -165,20 +166,22 @@ def test_after_all_nodes_are_killed_others_with_their_partitions_take_over(tmp_p
         rows = finish(run, run_dir)
         assert {name: federation.node_id(name) for name in before} != before
         assert {row["status"] for row in select(rows, "arrival")} == {"merged", "failed"}
-        assert select(rows, "merge")[-1]["server_round"] == 4
+        assert select(rows, "merge")[-1]["server_round"] == 3
 
 
 # --- with TLS and keys ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "strategy", [name for name in ("fedavg", "adaptcl", "cos2p", "adasplit") if name in STRATEGIES]
-)
+@pytest.mark.parametrize("strategy", ["fedavg", "adaptcl", "cos2p", "adasplit"])
 def test_a_run_over_tls_with_authenticated_nodes(strategy, secure, tmp_path):
     run_dir = tmp_path / "run"
-    tokens = ADAPTCL if strategy == "adaptcl" else (f"strategy={strategy}",)
-    model = ("model.name=resnet8", "data.max-train=120") if strategy == "cos2p" else ()
-    rows = finish(secure.submit(run_dir, *tokens, "num-clients=2", "num-rounds=2", *SMALL, *model), run_dir)
+    own = {
+        "adaptcl": ADAPTCL,
+        "cos2p": ("model.name=resnet8", "data.max-train=120"),
+        "adasplit": ("adasplit.segments=1",),
+    }
+    tokens = (f"strategy={strategy}", "num-rounds=2", *SMALL, *own.get(strategy, ()))
+    rows = finish(secure.submit(run_dir, *tokens), run_dir)
     assert len(select(rows, "merge")) == 2
     assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
 

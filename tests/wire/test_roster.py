@@ -54,6 +54,27 @@ def test_waiting_goes_on_while_clients_keep_connecting(monkeypatch):
         GridTransport(grid, 9, join_timeout_s=1.0)  # type: ignore[arg-type]
 
 
+def test_a_run_whose_clients_are_all_gone_waits_for_the_first_that_comes_instead_of_spending_its_rounds(monkeypatch):
+    grid = FakeGrid({5: node(0, works)})
+    transport = GridTransport(grid, 1, join_timeout_s=60.0)  # type: ignore[arg-type]
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 20:
+            grid.nodes[6] = node(0, works)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    grid.nodes.clear()
+    assert transport.clients() == [0]
+    assert 20 < now[0] < 21
+    monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    grid.nodes.clear()
+    assert transport.clients() == []
+    assert 80 < now[0] < 82
+
+
 def test_a_run_may_begin_with_fewer_and_the_others_join_later():
     grid = FakeGrid({5: node(1, works)})
     transport = GridTransport(grid, 3, join_timeout_s=1.0, min_clients=1)  # type: ignore[arg-type]
