@@ -29,7 +29,11 @@ TINY: dict[str, Any] = {
 }
 """A run of half a second in which every method shows what it does; AdaptCL decides in rounds 3, 5, 7, ..."""
 
+MESSAGE_PER_BATCH: dict[str, Any] = {"train.local-epochs": 1, "train.batch-size": 32}
+
 OWN: dict[str, dict[str, Any]] = {
+    "sl-basic": MESSAGE_PER_BATCH,
+    "splitfed": MESSAGE_PER_BATCH,
     "cos2p": {"cos2p.quorum-ratio": 0.0, "cos2p.mask-epochs": 2},  # waits for all unless told otherwise
     "adp": {"model.gates": True, "adp.warmup-rounds": 1, "adp.ramp-rounds": 1},
     "only-capable": {"only-capable.share": 1.0},  # so that as many clients answer as with other methods

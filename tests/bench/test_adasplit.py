@@ -70,6 +70,7 @@ def test_the_small_comparison_names_every_method_with_its_score(tmp_path, capsys
     assert all(0 < row["C3 (T 8)"] <= row["accuracy"] <= 1 for row in table["rows"])
 
 
+@pytest.mark.slow
 def test_the_small_server_benchmark_measures_every_kind_of_mask(tmp_path, capsys):
     record = split_server.main(["--quick", "--out", str(tmp_path / "r.json")])
     assert [row["mask"] for row in record["results"]["rows"]] == ["none", "soft", "hard"]

@@ -26,7 +26,7 @@ def run(name, monkeypatch, capsys, *options):
     return text, returned
 
 
-@pytest.mark.parametrize("name", ["merge", "step", "engine", "decide", "gates"])
+@pytest.mark.parametrize("name", ["merge", "step", "engine", "decide", pytest.param("gates", marks=pytest.mark.slow)])
 def test_the_quick_version_prints_a_table_and_one_json_object_and_keeps_it_where_told(
     name, monkeypatch, capsys, tmp_path
 ):

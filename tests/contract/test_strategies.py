@@ -71,6 +71,7 @@ def settings_of(name: str, mode: str) -> dict[str, Any]:
     if mode == "semi-async" and STRATEGIES[name].needs_barrier:
         pytest.skip(f"the rounds of {name} wait for everybody")
     settings = {"num-rounds": 6} if mode == "sync" else SEMI_ASYNC
+    settings = {**settings, "evaluation.family-every": 3}
     return {key: value for key, value in settings.items() if name not in LOOPS or not key.startswith("loop.")}
 
 
@@ -121,13 +122,6 @@ def test_the_full_model_for_everybody_makes_it_fedavg(name, plain_runs, tmp_path
     assert equal_states(final_state(tmp_path / "run"), final_state(plain_runs["fedavg", "sync"][0]))
 
 
-@pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy_slowly
-def test_the_same_seed_gives_the_same_event_log_again(name, mode, plain_runs, tmp_path):
-    rows = tiny_run(tmp_path / "run", strategy=name, **settings_of(name, mode))
-    assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
-
-
 class KeptTransport(LocalTransport):
     """Workers that outlive a run: they stay warm from test to test."""
 
@@ -137,24 +131,22 @@ class KeptTransport(LocalTransport):
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, LocalTransport]]:
-    """Pools of one and of two warm worker processes."""
-    made = {num_workers: KeptTransport(faulty.works, 6, num_workers) for num_workers in (1, 2)}
-    yield dict(made)
-    for pool in made.values():
-        LocalTransport.close(pool)
+def pool() -> Iterator[LocalTransport]:
+    """Two warm worker processes."""
+    kept = KeptTransport(faulty.works, 6, num_workers=2)
+    yield kept
+    LocalTransport.close(kept)
 
 
-@pytest.mark.parametrize(("mode", "num_workers"), [("sync", 1), ("sync", 2), ("semi-async", 1), ("semi-async", 2)])
+@pytest.mark.parametrize("mode", ["sync", "semi-async"])
 @every_strategy_slowly
-def test_worker_processes_do_not_change_the_event_log(name, mode, num_workers, plain_runs, pools, tmp_path):
-    pool = pools[num_workers]
+def test_worker_processes_do_not_change_the_event_log(name, mode, plain_runs, pool, tmp_path):
     pool.num_clients = 4 if mode == "sync" else 6
     rows = tiny_run(tmp_path / "run", transport=pool, strategy=name, **settings_of(name, mode))
     assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
 
 
-@every_strategy
+@every_strategy_slowly
 def test_another_seed_gives_another_run(name, plain_runs, tmp_path):
     tiny_run(tmp_path / "run", strategy=name, num_rounds=1, seed=1)
     first = torch.load(plain_runs[name, "sync"][0] / "checkpoints" / "round-000001.pt", weights_only=True)["state"]
@@ -165,13 +157,11 @@ def test_another_seed_gives_another_run(name, plain_runs, tmp_path):
 @every_strategy_slowly
 def test_three_rounds_and_three_more_equal_six(name, mode, plain_runs, tmp_path):
     """Bit for bit, rows and model; the family is shown in rounds 3 and 6 by both, for a last round always shows it."""
-    settings = {**settings_of(name, mode), "evaluation.family-every": 3}
-    whole = tiny_run(tmp_path / "whole", strategy=name, **{**settings, "num-rounds": 6})
+    home, whole = plain_runs[name, mode]
+    settings = settings_of(name, mode)
     tiny_run(tmp_path / "first", strategy=name, **{**settings, "num-rounds": 3})
-    resumed = tiny_run(
-        tmp_path / "second", strategy=name, resume=str(tmp_path / "first"), **{**settings, "num-rounds": 6}
-    )
-    assert equal_states(final_state(tmp_path / "second"), final_state(tmp_path / "whole"))
+    resumed = tiny_run(tmp_path / "second", strategy=name, resume=str(tmp_path / "first"), **settings)
+    assert equal_states(final_state(tmp_path / "second"), final_state(home))
     assert without_timings(resumed) == without_timings(whole)
 
 
@@ -257,7 +247,9 @@ class EchoingTransport(LocalTransport):
 
 @pytest.mark.parametrize("mode", ["sync", "semi-async"])
 @every_strategy_slowly
-def test_repeated_and_unknown_answers_change_nothing(name, mode, plain_runs, tmp_path):
+def test_the_same_seed_gives_the_same_event_log_and_repeated_and_unknown_answers_change_nothing(
+    name, mode, plain_runs, tmp_path
+):
     transport = EchoingTransport(handle, 6 if mode == "semi-async" else 4)
     rows = tiny_run(tmp_path / "run", transport=transport, strategy=name, **settings_of(name, mode))
     assert without_timings(rows) == without_timings(plain_runs[name, mode][1])

@@ -11,6 +11,7 @@ NEEDS = {"only-capable": {"only-capable.clients": "0,2"}}
 """What nobody knows about real devices must be said."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_method_runs_on_measured_times_and_goes_on_from_its_checkpoint(name, tmp_path):
     settings = {"strategy": name, "fleet.name": "none", "num-clients": 3, "data.max-train": 240, **NEEDS.get(name, {})}
