@@ -175,7 +175,7 @@ class ADP(SubModelStrategy):
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Average what was sent, unit by unit over those who sent it."""
         held = report.narrowed or entry.spec
-        start = self._extract(self.progress.state, held)
+        start = self.present(held)
         if self.config.mode == "gate":
             check_evidence(report.companions, [group.size for group in self._groups])
             if report.narrowed is not None:

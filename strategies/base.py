@@ -27,6 +27,7 @@ from strategies.asking import choose
 from strategies.client_tests import EVALUATION_DISPATCH, ask_tests
 from strategies.delay import compensate_report, first_mean_square
 from strategies.exchange import Arrival, Entry, Exchange, Transport
+from strategies.extracts import Extracts
 from strategies.hooks import Hooks
 from strategies.loop import has_own_loop, in_force
 from strategies.setting import Listener, Order, Progress, Setting
@@ -34,13 +35,9 @@ from strategies.shelf import Shelf
 from strategies.transport import over_grid
 from strategies.versions import VersionStore
 from wire.flat import refuse
-from wire.message import Failure, Instruction, Report, State, state_bytes
+from wire.message import Failure, Instruction, Report
 
 logger = logging.getLogger(__name__)
-
-
-EXTRACT_CACHE_BYTES = 256 * 2**20
-"""Extracted sub-models of one version that are kept for the next client with the same."""
 
 
 class RunStoppedError(RuntimeError):
@@ -75,8 +72,7 @@ class SubModelStrategy(Hooks, Strategy):
         self.progress = Progress({})
         self._num_merged = 0
         self._kept_dispatch: dict[int, int] = {}
-        self._extracted: dict[SubModelSpec, dict[str, torch.Tensor]] = {}
-        self._extracted_from: State = {}
+        self._extracts = Extracts(setting.layout)
         self._versions: VersionStore | None = None
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -111,23 +107,11 @@ class SubModelStrategy(Hooks, Strategy):
             initial_arrays = None  # as large as the model
             self.begin()
         progress, result = self.progress, Result()
-        exchange = Exchange(
-            transport,
-            self.setting.durations,
-            progress.now_s,
-            progress.next_dispatch,
-            self.setting.reply_timeout_s,
-            # Behind a barrier answers are handed on as they come; on the wall's clock, when they come.
-            None if self.loop.is_barrier or self.setting.durations is None else Shelf(self.setting.versions_dir),
-        )
-        exchange.hold(progress.held)
-        if self.needs_versions or self.loop.compensation:
-            self._versions = VersionStore(self.setting.versions_dir, self.setting.keep_checkpoints)
-            self._versions.expect({arrival.entry.global_version for arrival in progress.held})
+        exchange = self._open(transport)
         num_empty = 0
-        if progress.server_round == 0:
-            self._evaluate(exchange, 0, result, evaluate_fn)
         try:
+            if progress.server_round == 0:
+                self._evaluate(exchange, 0, result, evaluate_fn)
             for server_round in range(progress.server_round + 1, num_rounds + 1):
                 num_merged = self._round(exchange, server_round)
                 num_empty = 0 if num_merged or num_merged is None else num_empty + 1
@@ -141,25 +125,47 @@ class SubModelStrategy(Hooks, Strategy):
                 is_due = server_round % self.setting.evaluate_every == 0 and num_merged is not None
                 if is_due or server_round == num_rounds:
                     self._evaluate(exchange, server_round, result, evaluate_fn)
-                progress.held = [] if self.loop.is_barrier or not exchange.is_virtual else exchange.held()
-                self.keep(progress, self.export_state())
-                progress.held = []  # the exchange has them; nobody else is to hold on to what may be large
-                if self._versions is not None:
-                    self._versions.release(exchange.versions())
+                self._keep(exchange)
         finally:
             transport.close()
-            if exchange.shelf is not None:
-                exchange.shelf.close()
-            if self._versions is not None:
-                self._versions.close()
+            for store in (exchange.shelf, self._versions):
+                if store is not None:
+                    store.close()
         result.arrays = ArrayRecord(progress.state)
         return result
+
+    def _open(self, transport: Transport) -> Exchange:
+        """The exchange as the checkpoint, if any, left it."""
+        progress, setting = self.progress, self.setting
+        # Behind a barrier answers are handed on as they come; on the wall's clock, when they come.
+        has_shelf = not self.loop.is_barrier and setting.durations is not None
+        exchange = Exchange(
+            transport,
+            setting.durations,
+            progress.now_s,
+            progress.next_dispatch,
+            setting.reply_timeout_s,
+            Shelf(setting.versions_dir) if has_shelf else None,
+        )
+        exchange.hold(progress.held)
+        if self.needs_versions or self.loop.compensation:
+            self._versions = VersionStore(setting.versions_dir, setting.keep_checkpoints)
+            self._versions.expect({arrival.entry.global_version for arrival in progress.held})
+        return exchange
+
+    def _keep(self, exchange: Exchange) -> None:
+        """Write the checkpoint of a finished round."""
+        self.progress.held = [] if self.loop.is_barrier or not exchange.is_virtual else exchange.held()
+        self.keep(self.progress, self.export_state())
+        self.progress.held = []  # the exchange has them; nobody else is to hold on to what may be large
+        if self._versions is not None:
+            self._versions.release(exchange.versions())
 
     def _round(self, exchange: Exchange, server_round: int) -> int | None:
         """One round: ask, collect, merge. Returns the number of answers merged; None if the method asked nobody."""
         progress = self.progress
         start_s = exchange.now_s
-        self._extracted.clear()
+        self._extracts.clear()
         self._num_merged = 0
         self._kept_dispatch = dict(progress.last_dispatch)
         clients = choose(self.loop, exchange, progress.clocks, (self.seed, server_round), self.takes_part)
@@ -219,11 +225,13 @@ class SubModelStrategy(Hooks, Strategy):
             self._versions.put(self.progress.global_version, state)
 
         def make(dispatch: int) -> Instruction:
+            is_present = state is self.progress.state
+            sub_model = self.present(order.spec) if is_present else extract(state, self.layout, order.spec)
             return replace(
                 blank,
                 dispatch=dispatch,
                 kept_dispatch=self._kept_dispatch.get(partition_id, -1),
-                state=order.pick(self._extract(state, order.spec)),
+                state=order.pick(sub_model),
                 companions=order.companions(),
             )
 
@@ -250,19 +258,9 @@ class SubModelStrategy(Hooks, Strategy):
             work_ratio=order.work_ratio,
         )
 
-    def _extract(self, state: State, spec: SubModelSpec) -> dict[str, torch.Tensor]:
-        """Equal specs of one version are extracted once; the cache holds few, for specs may all differ."""
-        if state is not self.progress.state:
-            return extract(state, self.layout, spec)
-        if self._extracted_from is not state:
-            self._extracted, self._extracted_from = {}, state
-        if spec not in self._extracted:
-            found = extract(state, self.layout, spec)
-            kept_bytes = state_bytes(found) + sum(map(state_bytes, self._extracted.values()))
-            while self._extracted and (len(self._extracted) >= 8 or kept_bytes > EXTRACT_CACHE_BYTES):
-                kept_bytes -= state_bytes(self._extracted.pop(next(iter(self._extracted))))
-            self._extracted[spec] = found
-        return self._extracted[spec]
+    def present(self, spec: SubModelSpec) -> dict[str, torch.Tensor]:
+        """The tensors of ``spec`` as the global model has them now; nobody may change them."""
+        return self._extracts.get(self.progress.state, spec)
 
     def _arrivals(self, exchange: Exchange, start_s: float) -> Iterable[Arrival]:
         """Yield answers until the round closes."""
@@ -302,7 +300,7 @@ class SubModelStrategy(Hooks, Strategy):
             )
         try:
             held = check_narrowed(answer, entry.spec, self.layout)
-            now = self._extract(self.progress.state, held)
+            now = self.present(held)
             report = check_report(answer, self.progress.state, now)
             mean_square = self.progress.mean_square
             if self.loop.compensation:
@@ -329,7 +327,7 @@ class SubModelStrategy(Hooks, Strategy):
             If the older model is not there.
         """
         if entry.global_version == self.progress.global_version:
-            return self._extract(self.progress.state, spec or entry.spec)
+            return self.present(spec or entry.spec)
         assert self._versions is not None, "a method that looks back says so with needs_versions"
         return extract(self._versions.get(entry.global_version), self.layout, spec or entry.spec)
 
@@ -379,7 +377,7 @@ class SubModelStrategy(Hooks, Strategy):
             return replace(
                 self._instruction("evaluate", server_round, pid, order),
                 dispatch=EVALUATION_DISPATCH + server_round * self.setting.job.num_clients + pid,
-                state=order.pick(self._extract(self.progress.state, order.spec)),
+                state=order.pick(self.present(order.spec)),
                 settings={**order.settings, **own},
                 companions=order.companions(),
             )

@@ -290,7 +290,7 @@ class CoS2P(SubModelStrategy):
             return float(report.num_examples * (1 + staleness) ** -0.5)
         if rule == "samples":
             return self.weigh(report, staleness)
-        now = self._extract(self.progress.state, held)
+        now = self.present(held)
         step = l1_distance(now, report.state)
         drift = l1_distance(now, self.sent_state(entry, held)) if staleness else 0.0
         # An answer that changed nothing still counts as somebody who holds its entries.

@@ -54,7 +54,7 @@ class FedNova(SubModelStrategy):
         job, held = self.setting.job, report.narrowed or entry.spec
         rate = learning_rate(job.train, entry.server_round, job.num_rounds)
         distance = local_distance(job.train, report.num_steps, rate, self.config.mu)
-        start = self._extract(self.progress.state, held)
+        start = self.present(held)
         state = scaled(report.state, start, self.cost.trainable, self._tally.factor(distance))
         super().add(mean, entry, replace(report, state=state), staleness)
         self._tally = self._tally.noted(distance, self.weigh(report, staleness))

@@ -19,6 +19,7 @@ from wire.message import DataConfig, TrainConfig
 from zoo import get_model
 
 BASE: dict[str, Any] = {
+    "train__batch_size": 16,
     "num_clients": 2,
     "num_rounds": 2,
     "data__max_train": 160,

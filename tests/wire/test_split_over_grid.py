@@ -19,6 +19,7 @@ BASE: dict[str, Any] = {
     "num_clients": 2,
     "num_rounds": 3,
     "data__max_train": 160,
+    "train__batch_size": 16,
     "train__local_epochs": 1,
     "train__momentum": 0.0,
     "adasplit__kappa": 0.4,
