@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from wire.files import save
 
 
 class ClientStore:
@@ -39,7 +39,7 @@ class ClientStore:
         path = self._path(dispatch)
         if path is None:
             return
-        self._write(path, memory)
+        save(memory, path)
         kept = {last_dispatch if kept_dispatch is None else kept_dispatch, last_dispatch}
         for old in path.parent.glob(f"{self.partition_id:06d}-*.pt"):
             number = old.stem.split("-")[1]
@@ -53,7 +53,7 @@ class ClientStore:
     def save_draft(self, draft: dict[str, Any]) -> None:
         """Keep work that does not depend on any answer being merged; it survives the server."""
         if self._draft is not None:
-            self._write(self._draft, draft)
+            save(draft, self._draft)
 
     def _read(self, path: Path) -> dict[str, Any]:
         """The file of this run, or of the latest that it continues; empty if there is none."""
@@ -61,17 +61,6 @@ class ClientStore:
         found = next((place for place in (path, *earlier) if place.exists()), None)
         memory: dict[str, Any] = {} if found is None else torch.load(found, weights_only=True)
         return memory
-
-    def _write(self, path: Path, memory: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(memory, file)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
     @property
     def _draft(self) -> Path | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,6 +14,7 @@ from fleet.clock import Duration
 from strategies.exchange import Arrival, Entry
 from strategies.setting import Progress
 from strategies.shelf import ShelvedState
+from wire.files import save
 from wire.grid import spec_from_json, spec_to_json
 from wire.message import Failure, Report
 
@@ -67,17 +66,7 @@ def save_checkpoint(
         ),
         "own": own,
     }
-    target = folder / f"{stem}.pt"
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    target = save(content, folder / f"{stem}.pt", is_synced=True)
     for old in sorted(folder.glob("round-*.pt"))[:-keep]:
         old.unlink(missing_ok=True)
         for large in folder.glob(f"{old.stem}-held-*.tensors"):

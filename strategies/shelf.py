@@ -6,6 +6,7 @@ sixteen of them do not fit into the server's memory, and need not: each waits as
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wire.files import save
 from wire.message import Failure, Report, State, state_bytes
 
 SHELVE_BYTES = 32 * 2**20
@@ -71,6 +73,7 @@ class Shelf:
 
     def __init__(self, folder: str = "") -> None:
         self._folder, self._temporary = folder, ""
+        self._numbers = itertools.count()
 
     def put(self, answer: Report | Failure) -> Report | Failure:
         """The answer, its state on disk if that is large."""
@@ -86,15 +89,8 @@ class Shelf:
     def _write(self, state: State) -> ShelvedState:
         if not self._folder:
             self._folder = self._temporary = tempfile.mkdtemp(prefix="prunus-shelf-")
-        os.makedirs(self._folder, exist_ok=True)
-        handle, path = tempfile.mkstemp(dir=self._folder, prefix="held-", suffix=".pt")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(dict(state), file)
-        except BaseException:
-            _remove(path)
-            raise
-        return ShelvedState(Path(path), is_ours=True)
+        path = Path(self._folder) / f"held-{os.getpid()}-{next(self._numbers)}.pt"
+        return ShelvedState(save(dict(state), path), is_ours=True)
 
 
 def _remove(path: str) -> None:

@@ -7,7 +7,6 @@ it, neither now nor in a checkpoint that is kept.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections import deque
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pruning.extract import State
+from wire.files import save
 
 
 class VersionError(ValueError):
@@ -43,16 +43,8 @@ class VersionStore:
         """Write a version, whole or not at all; once."""
         if version in self._written:  # a file may also be there from the run that this one continues
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(dict(state), file)
-            os.replace(temporary, self._path(version))
-            self._written.add(version)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        save(dict(state), self._path(version))
+        self._written.add(version)
 
     def get(self, version: int) -> dict[str, Tensor]:
         """A version's full state dict, mapped: only what is touched is read. Not to be written to.
