@@ -13,6 +13,7 @@ import pytest
 from bench.hosts import Federation, rows_of, wait_until
 from server_app.checkpoint import load_checkpoint
 from tests.deploy.conftest import LIMIT_S, SMALL
+from tests.deploy.link import Link
 from tests.runs import select
 
 pytestmark = pytest.mark.slow
@@ -106,6 +107,29 @@ def test_a_node_frozen_and_thawed_is_waited_for(plain, tmp_path):
     plain.nodes["n1"].signal(signal.SIGCONT)
     rows = finish(run, run_dir)
     assert [row["num_merged"] for row in select(rows, "merge")] == [2, 2]
+
+
+def test_a_link_that_is_cut_for_a_while_costs_time_and_no_answer_of_others(tmp_path):
+    run_dir = tmp_path / "run"
+    with Federation(tmp_path / "f", 1, poll_s=0.5) as federation:
+        link = Link(federation.port)
+        federation.start_node("n1", 1, PRUNUS_SUPERLINK=f"127.0.0.1:{link.port}")
+        before = federation.node_id("n1")
+        run = federation.submit(run_dir, "strategy=fedavg", "num-rounds=3", "reply-timeout-s=240", *SMALL)
+        wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
+        fresh_clientapps(federation, "n1", run)
+        assert federation.superlink is not None
+        began = federation.superlink.text().count("Push replies")
+        link.cut()
+        wait_until(
+            lambda: federation.superlink.text().count("Push replies") > began, LIMIT_S, "the other's answer", run
+        )
+        link.mend()
+        rows = finish(run, run_dir)
+        link.close()
+        assert federation.node_id("n1") == before
+        assert all(row["status"] == "merged" for row in select(rows, "arrival", partition_id=0))
+        assert select(rows, "arrival", partition_id=1)[-1]["status"] == "merged"
 
 
 def test_after_the_serverapp_is_killed_the_run_goes_on_from_its_last_merge(plain, tmp_path):
