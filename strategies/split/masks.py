@@ -9,17 +9,22 @@ lambda * sum s::
            nor their optimisers' moments move there
     none   m = 1                 dU = G        no V
 
-All vectors are flat [num_weights], so that a step is a dozen passes over memory whatever the number of layers.
+All vectors are flat [num_weights]: what a step costs beside the network is passes over memory, so there are few,
+whatever the number of layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wire.flat import require
+
+PIECE = 2**16
+"""Entries at a time: four float32 vectors of so many lie in a second-level cache."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,20 @@ class MaskConfig:
         require(self.learning_rate > 0, "learning-rate", self.learning_rate, "> 0")
 
 
-def mask_values(probabilities: Tensor, config: MaskConfig) -> Tensor:
-    """m of s = sigmoid(V), [num_weights]."""
-    if config.kind == "hard":
-        return (probabilities >= config.threshold).to(probabilities.dtype)
-    return probabilities
+def mask_weights(weights: Tensor, logits: Tensor, config: MaskConfig, seen: Tensor, probabilities: Tensor) -> None:
+    """Write s = sigmoid(V) into ``probabilities`` and U * m(V) into ``seen``; all [num_weights]."""
+    for u, v, product, s in _pieces(weights, logits, seen, probabilities):
+        torch.sigmoid(v, out=s)
+        if config.kind == "soft":
+            torch.mul(u, s, out=product)
+        elif (held := _held(s, config)) is None:
+            product.copy_(u)
+        else:
+            torch.mul(u, held, out=product)
 
 
-def mask_gradients(
-    weights: Tensor, probabilities: Tensor, gradient: Tensor, config: MaskConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of one step.
+def mask_gradients_(weights: Tensor, probabilities: Tensor, gradient: Tensor, config: MaskConfig) -> Tensor | None:
+    """Gradients of one step, in place: ``gradient`` becomes dU, and ``probabilities`` becomes dV.
 
     Parameters
     ----------
@@ -69,31 +77,48 @@ def mask_gradients(
 
     Returns
     -------
-    dU, dV, held
-        ``held`` is false where a hard mask froze an entry; None where nothing is frozen.
+    frozen
+        Indices int64 [num_frozen] of the entries that a hard mask holds where they are; None where there are none.
     """
-    slope = torch.addcmul(probabilities, probabilities, probabilities, value=-1)
-    slope.mul_((gradient * weights).add_(config.penalty))
-    if config.kind != "hard":
-        return probabilities * gradient, slope, None
-    held = probabilities >= config.threshold
-    if bool(held.all()):
-        return gradient, slope, None
-    return gradient * held, slope.mul_(held), held
+    start, frozen, penalty = 0, [], torch.tensor(config.penalty)
+    for u, s, g in _pieces(weights, probabilities, gradient):
+        held = _held(s, config) if config.kind == "hard" else None
+        of_mask = torch.addcmul(penalty, g, u)
+        if config.kind == "soft":
+            g.mul_(s)
+        s.addcmul_(s, s, value=-1).mul_(of_mask)
+        if held is not None:
+            g.mul_(held)
+            s.mul_(held)
+            frozen.append((held == 0).nonzero()[:, 0] + start)
+        start += len(s)
+    return torch.cat(frozen) if frozen else None
 
 
-def step_(optimizer: torch.optim.Optimizer, gradient: Tensor, held: Tensor | None = None) -> None:
-    """One step of an optimiser of one flat vector; where ``held`` is false, neither vector nor moments move."""
+def _held(probabilities: Tensor, config: MaskConfig) -> Tensor | None:
+    """A hard mask, 1 or 0; None where nothing is below the threshold, which is told faster."""
+    if float(probabilities.min()) >= config.threshold:
+        return None
+    return (probabilities >= config.threshold).to(probabilities.dtype)
+
+
+def _pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of vectors of equal length that a processor's cache holds: each is read from memory once."""
+    return zip(*(vector.split(PIECE) for vector in vectors), strict=True)
+
+
+def step_(optimizer: torch.optim.Optimizer, gradient: Tensor, frozen: Tensor | None = None) -> None:
+    """One step of an optimiser of one flat vector; where it is ``frozen``, neither vector nor moments move."""
     vector = optimizer.param_groups[0]["params"][0]
-    before = [] if held is None else [t.detach().clone() for t in _moving(optimizer, vector)]
+    before = [] if frozen is None else [t[frozen] for t in _moving(optimizer, vector)]
     vector.grad = gradient
     optimizer.step()
     vector.grad = None
-    if held is not None:
+    if frozen is not None:
         after = _moving(optimizer, vector)
-        before += [torch.zeros_like(vector)] * (len(after) - len(before))  # moments that this step made
+        before += [torch.zeros(len(frozen))] * (len(after) - len(before))  # moments that this step made
         for tensor, old in zip(after, before, strict=True):
-            tensor.copy_(torch.where(held, tensor, old))
+            tensor[frozen] = old
 
 
 def _moving(optimizer: torch.optim.Optimizer, vector: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from strategies.split.masks import MaskConfig, mask_gradients, mask_values, step_
+from strategies.split.masks import MaskConfig, mask_gradients_, mask_weights, step_
 from wire.message import TrainConfig
 from wire.training import make_saved_optimizer
 from zoo.cut import CutModel
@@ -113,9 +113,9 @@ class SplitServer:
             optimizer.param_groups[0]["lr"] = learning_rate
         step_(self._optimizers[1], self._plain_gradient)
         if client.logits is not None and client.optimizer is not None:
-            towards, slope, held = mask_gradients(self.weights, self._chances, self._gradient, self.masks)
-            step_(self._optimizers[0], towards, held)
-            step_(client.optimizer, slope, held)
+            frozen = mask_gradients_(self.weights, self._chances, self._gradient, self.masks)
+            step_(self._optimizers[0], self._gradient, frozen)
+            step_(client.optimizer, self._chances, frozen)
         buffers = dict(self.module.named_buffers())
         client.buffers = {name: buffers[name].clone() for name in self._buffers}
         return float(loss.detach()), a.grad
@@ -191,8 +191,7 @@ class SplitServer:
             self.served[partition_id] = self._serve()
         client = self.served[partition_id]
         if client.logits is not None:
-            torch.sigmoid(client.logits, out=self._chances)
-            torch.mul(self.weights, mask_values(self._chances, self.masks), out=self._seen)
+            mask_weights(self.weights, client.logits, self.masks, self._seen, self._chances)
         for name, buffer in self.module.named_buffers():
             buffer.copy_(client.buffers[name])
         return client

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from strategies.split.masks import MaskConfig, mask_gradients, mask_values, step_
+from strategies.split import masks
+from strategies.split.masks import MaskConfig, mask_gradients_, mask_weights, step_
 from strategies.split.server import SplitServer
 from wire.message import TrainConfig
 from zoo import get_model
@@ -44,22 +45,39 @@ def test_soft_gradients_are_autograds():
     loss.backward()
     chances = torch.sigmoid(logits)
     gradient = 2 * weights * chances * target
-    du, dv, held = mask_gradients(weights, chances, gradient, MaskConfig(penalty=0.3))
-    torch.testing.assert_close(du, u.grad)
-    torch.testing.assert_close(dv, v.grad)
-    assert held is None
+    assert mask_gradients_(weights, chances, gradient, MaskConfig(penalty=0.3)) is None
+    torch.testing.assert_close(gradient, u.grad)
+    torch.testing.assert_close(chances, v.grad)
 
 
 def test_hard_masks_are_binary_straight_through_and_frozen_below_the_threshold():
     logits = torch.tensor([2.0, -2.0, -3.0, 0.0])  # sigmoid: .88, .12, .05, .5; threshold .1
     config, chances = MaskConfig(kind="hard", penalty=0.0), torch.sigmoid(logits)
-    assert mask_values(chances, config).tolist() == [1, 1, 0, 1]
     gradient, weights = torch.ones(4), torch.full((4,), 2.0)
-    du, dv, held = mask_gradients(weights, chances, gradient, config)
-    assert du.tolist() == [1, 1, 0, 1]
+    seen, found = torch.empty(4), torch.empty(4)
+    mask_weights(weights, logits, config, seen, found)
+    assert seen.tolist() == [2, 2, 0, 2]
+    torch.testing.assert_close(found, chances)
+    frozen = mask_gradients_(weights, found, gradient, config)
+    assert gradient.tolist() == [1, 1, 0, 1]
     slope = 2 * chances * (1 - chances)
-    torch.testing.assert_close(dv, torch.where(logits < -2.5, torch.zeros(4), slope))
-    assert held.tolist() == [True, True, False, True]
+    torch.testing.assert_close(found, torch.where(logits < -2.5, torch.zeros(4), slope))
+    assert frozen is not None
+    assert frozen.tolist() == [2]
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_piece_by_piece_is_what_it_is_at_once(kind, monkeypatch):
+    logits, weights, gradient = torch.randn(3, 100, generator=torch.Generator().manual_seed(0)) * 3
+    config, results = MaskConfig(kind=kind, penalty=0.1), []
+    for piece in (100, 7):
+        monkeypatch.setattr(masks, "PIECE", piece)
+        seen, chances, towards = torch.empty(100), torch.empty(100), gradient.clone()
+        mask_weights(weights, logits, config, seen, chances)
+        frozen = mask_gradients_(weights, chances, towards, config)
+        results.append((seen, chances, towards, torch.zeros(0) if frozen is None else frozen))
+    for whole, pieced in zip(*results, strict=True):
+        torch.testing.assert_close(whole, pieced, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -69,12 +87,12 @@ def test_where_nothing_is_held_neither_the_vector_nor_its_moments_move(optimizer
         made = torch.optim.Adam([vector], lr=0.1, fused=True)
     else:
         made = torch.optim.SGD([vector], lr=0.1, momentum=0.9, fused=True)
-    held = torch.tensor([True, False, True, False])
-    step_(made, torch.ones(4), held)
+    held, frozen = torch.tensor([True, False, True, False]), torch.tensor([1, 3])
+    step_(made, torch.ones(4), frozen)
     step_(made, torch.ones(4), None)  # moments exist now
     kept = [t.clone() for t in made.state[vector].values() if torch.is_tensor(t) and t.shape == vector.shape]
     before = vector.clone()
-    step_(made, torch.ones(4), held)
+    step_(made, torch.ones(4), frozen)
     moments = [t for t in made.state[vector].values() if torch.is_tensor(t) and t.shape == vector.shape]
     assert moments
     for tensor, old in ((vector, before), *zip(moments, kept, strict=True)):
