@@ -102,6 +102,33 @@ def bounds() -> list[dict[str, Any]]:
         first, later = decide["results"]["worst_ms"], decide["results"]["median_later_ms"]
         what = "AdaptCL's decision for 1,000 clients of ResNet-50"
         rows.append({"what": what, "found": f"first {first:.0f} ms, later {later:.0f} ms"})
+    return rows + of_methods()
+
+
+def of_methods() -> list[dict[str, Any]]:
+    """The same of benchmarks that measure one method."""
+    rows: list[dict[str, Any]] = []
+    if gates := load("gates"):
+        for row in gates["results"]["targets"]:
+            where, _, bound = row["target"].partition(": ")
+            what = f"ADP's gates against the dense net, density .5: {where}"
+            rows.append({"what": what, "found": f"{row['found']:.2f}x" + (f" (aim: {bound})" if bound else "")})
+    if split := load("split_server"):
+        for row in split["results"]["rows"][1:]:
+            what = f"AdaSplit's server step under {row['mask']} masks / without"
+            rows.append({"what": what, "found": f"{row['ratio_to_unmasked']:.2f} of the samples a second (aim: .70)"})
+    if speed := load("cos2p_speed"):
+        for phase in ("weights", "masks"):
+            found = [row["ratio"] for row in speed["results"]["rows"] if row["phase"] == phase]
+            what = f"Co-S2P's {phase} phase / a plain ViT's step of the same MACs, per sample"
+            rows.append({"what": what, "found": f"{min(found):.2f} to {max(found):.2f} (aim: at most 1.15)"})
+    if scale := load("cos2p_scale"):
+        run = scale["results"]["run"]
+        what = f"Co-S2P, {run['num_parameters'] / 1e6:.0f} M parameters, 16 clients, {run['merges']} merges"
+        found = (
+            f"{run['wall_s'] / 60:.1f} minutes, server {run['server_gib']:.1f} GiB, client {run['client_gib']:.1f} GiB"
+        )
+        rows.append({"what": what, "found": f"{found}, merging 16 {run['merge_cpu_s_16']:.1f} CPU-s"})
     return rows
 
 
