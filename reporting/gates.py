@@ -39,8 +39,8 @@ def draw_gates(view: View) -> Picture | None:
         _draw_overlaps(axes[2], last)
     notes = [
         "Means over clients. Entropy: of how often each unit wins, as a share of what equal frequencies have. Overlap: "
-        "of two classes' winners, 1 where they are the same. Agreement: of a sample's own winners with those that it "
-        "was given together with others. Never used: won for no sample of a client."
+        "of two classes' winners, 1 where they are the same, blank where no client has both. Agreement: of a sample's "
+        "own winners with those that it was given together with others. Never used: won for no sample of a client."
     ]
     if len(last.layers) > MAX_LAYERS:
         notes.append(f"The first {MAX_LAYERS} of {len(last.layers)} layers are drawn.")
@@ -102,7 +102,8 @@ def _draw_layers(ax: Axes, row: Gates) -> None:
 def _draw_overlaps(ax: Axes, row: Gates) -> None:
     size = len(row.overlaps)
     table = [[*line[:size], *[0.0] * (size - len(line))] for line in row.overlaps]
-    ax.pcolormesh(table, cmap=AMOUNT, vmin=0, vmax=1, edgecolors=SURFACE, linewidth=0.6)
+    shown = [[value or float("nan") for value in line] for line in table]  # 0: no client has both classes
+    ax.pcolormesh(shown, cmap=AMOUNT, vmin=0, vmax=1, edgecolors=SURFACE, linewidth=0.6)
     ticks = [x + 0.5 for x in range(size)]
     ax.set_xticks(ticks, [str(x) for x in range(size)], fontsize=6.5)
     ax.set_yticks(ticks, [str(x) for x in range(size)], fontsize=6.5)
@@ -110,8 +111,8 @@ def _draw_overlaps(ax: Axes, row: Gates) -> None:
     ax.invert_yaxis()
     ax.spines[:].set_visible(False)
     hide_grid(ax)
-    apart = [table[a][b] for a in range(size) for b in range(size) if a != b]
-    ax.set_title(f"overlap of classes, mean {format_percent(fmean(apart), 0)}")
+    apart = [table[a][b] for a in range(size) for b in range(size) if a != b and table[a][b]]
+    ax.set_title(f"overlap of classes, mean {format_percent(fmean(apart), 0)}" if apart else "overlap of classes")
 
 
 def _set_layer_ticks(ax: Axes, names: list[str], offset: float) -> None:

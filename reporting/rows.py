@@ -151,7 +151,7 @@ class Gates:
     """What the gates of dynamic pruning did in one round, the mean over clients.
 
     ``layers``: layer -> statistic -> value in [0, 1], of the layers in which units lost. ``overlaps``: of the winners
-    of any two classes, one row per class.
+    of any two classes, one row per class; 0 where no client has both.
     """
 
     server_round: int
