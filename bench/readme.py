@@ -125,10 +125,9 @@ def of_methods() -> list[dict[str, Any]]:
     if scale := load("cos2p_scale"):
         run = scale["results"]["run"]
         what = f"Co-S2P, {run['num_parameters'] / 1e6:.0f} M parameters, 16 clients, {run['merges']} merges"
-        found = (
-            f"{run['wall_s'] / 60:.1f} minutes, server {run['server_gib']:.1f} GiB, client {run['client_gib']:.1f} GiB"
-        )
-        rows.append({"what": what, "found": f"{found}, merging 16 {run['merge_cpu_s_16']:.1f} CPU-s"})
+        memory = f"server {run['server_gib']:.1f} GiB, client {run['client_gib']:.1f} GiB"
+        merging = f"merging 16 {run['merge_cpu_s_16']:.1f} CPU-s"
+        rows.append({"what": what, "found": f"{run['wall_s'] / 60:.1f} minutes, {memory}, {merging}"})
     return rows
 
 
