@@ -18,25 +18,21 @@ counted bandwidth stand beside. Every run is kept in results/bench/adasplit; one
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, finish, num_cores, print_table
+from bench.common import finish, num_cores, print_table
 from bench.common import options as common_options
 from bench.mixed import has_data
+from bench.runs import STORES, Job, Keys, carry_out, load
 from reporting.c3 import TEMPERATURE, Spending, budgets_of, scores, spending_of
 from reporting.log import read_events
 from wire.flat import Scalar
-
-Keys = dict[str, Scalar]
 
 BENCHMARKS: dict[str, Keys] = {
     "mixed-cifar": {"data.name": "bench.mixed:mixed_cifar", "data.partition": "label-blocks:2"},
@@ -104,10 +100,10 @@ class Case:
     rate: float
 
     @property
-    def file_name(self) -> str:
-        """Where its outcome is kept."""
+    def name(self) -> str:
+        """Of the file that keeps its outcome."""
         words = f"{self.benchmark}_{self.method}_{self.variant or 'plain'}_lr{self.rate:g}_seed{self.seed}"
-        return words.replace(" ", "-").replace(",", "") + ".json"
+        return words.replace(" ", "-").replace(",", "")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -120,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--images", type=int, default=2000, help="of a client (default 2000; the paper has 12,000)")
     parser.add_argument("--hours", type=float, default=6.0, help="no run is started after so long")
     parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
-    parser.add_argument("--store", type=Path, default=RESULTS.parents[1] / "results" / "bench" / "adasplit")
+    parser.add_argument("--store", type=Path, default=STORES / "adasplit")
     chosen = parser.parse_args(arguments)
     chosen.part = chosen.part or ["compare", "ablations", "sweeps"]
     chosen.benchmark = chosen.benchmark or ["mixed-cifar", "mixed-noniid", "iid"]
@@ -129,7 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         chosen.store = chosen.store.with_name("adasplit-quick")
     elif not has_data():
         parser.error("the images are not there: set PRUNUS_DATA to the folder that holds their load.py, or use --quick")
-    chosen.store.mkdir(parents=True, exist_ok=True)
     os.environ["MIXED_IMAGES"] = str(chosen.images)
     deadline = time.monotonic() + chosen.hours * 3600
     tables = [table for name in chosen.benchmark for table in tables_of(name, chosen, deadline)]
@@ -171,8 +166,8 @@ def tuned(benchmark: str, chosen: argparse.Namespace, deadline: float) -> dict[s
     run_missing([case for group in cases.values() for case in group], chosen, deadline)
     best = {m: values[0] for m, values in trials.items()}
     for m, group in cases.items():
-        known = {case.rate: load(case, chosen) for case in group}
-        found = {rate: run["accuracy"] for rate, run in known.items() if run is not None}
+        known = {case.rate: outcome_of(case, chosen) for case in group}
+        found = {rate: run.accuracy for rate, run in known.items() if run is not None}
         best[m] = max(found, key=lambda rate: (found[rate], -rate)) if found else best[m]
     return best
 
@@ -195,7 +190,6 @@ def keys_of(case: Case, chosen: argparse.Namespace) -> Keys:
         "evaluation.own-classes": True,
         "evaluation.every": chosen.rounds,
         "fleet.name": "uniform",
-        "num-workers": 1,
         **own,
     }
     if case.variant in ABLATIONS:
@@ -210,64 +204,33 @@ def keys_of(case: Case, chosen: argparse.Namespace) -> Keys:
 
 
 def run_missing(cases: Sequence[Case], chosen: argparse.Namespace, deadline: float) -> None:
-    """Run every case whose outcome is not kept yet, ``workers`` at once, until the budget is used up."""
-    missing = [case for case in cases if not (chosen.store / case.file_name).exists()]
-    jobs = [(case, keys_of(case, chosen), str(chosen.store), deadline) for case in missing]
-    if not jobs:
-        return
-    began = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(min(chosen.workers, len(jobs)), maxtasksperchild=4) as pool:
-        for done, (case, note) in enumerate(pool.imap_unordered(run_case, jobs), 1):
-            left_s = (time.monotonic() - began) / done * (len(jobs) - done)
-            print(f"[{done}/{len(jobs)}] {case.file_name} {note}; about {left_s / 60:.0f} min left", flush=True)
+    """Run every case whose outcome is not kept yet, until the budget is used up; a run that diverges is left out."""
+    jobs = [Job(case.name, keys_of(case, chosen), chosen.store, spent) for case in cases]
+    for name, reason in carry_out(jobs, chosen.workers, deadline).items():
+        print(f"left out: {name}: {reason}")
 
 
-def run_case(job: tuple[Case, Keys, str, float]) -> tuple[Case, str]:
-    """One run in a process of its own; keeps its outcome atomically."""
-    case, keys, store, deadline = job
-    if time.monotonic() > deadline:
-        return case, "left out: the budget is used up"
-    from server_app.config import parse
-    from server_app.local import run_local
-
-    folder = Path(store) / "runs" / case.file_name.removesuffix(".json") / str(os.getpid())
-    began = time.monotonic()
-    with Path(os.devnull).open("w") as nowhere:
-        sys.stderr = sys.stdout = nowhere
-        try:
-            run_local(parse({**keys, "run-dir": str(folder)}), show=lambda line: None)
-        except Exception as error:  # a run that diverges is a result, and no reason to lose the others
-            return case, f"failed: {type(error).__name__}: {error}"
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    spent = spending_of(read_events(folder))
-    if spent is None:
-        return case, "failed: no accuracy"
-    target = Path(store) / case.file_name
-    part = target.with_suffix(".part")
-    outcome = {**spent.__dict__, "wall_s": time.monotonic() - began}
-    part.write_text(json.dumps(outcome))
-    part.replace(target)
-    return case, f"accuracy {spent.accuracy:.3f}"
+def spent(log: Path) -> dict[str, Any]:
+    """What a run spent and got to."""
+    spending = spending_of(read_events(log.parent))
+    if spending is None:
+        raise ValueError("it has no accuracy")
+    return asdict(spending)
 
 
-def load(case: Case, chosen: argparse.Namespace) -> dict[str, Any] | None:
+def outcome_of(case: Case, chosen: argparse.Namespace) -> Spending | None:
     """A kept outcome; None if the run was left out or failed."""
-    path = chosen.store / case.file_name
-    if not path.exists():
-        return None
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return kept
+    path = chosen.store / f"{case.name}.json"
+    return Spending(**load(path)) if path.exists() else None
 
 
 def rows_of(benchmark: str, cases: Sequence[Case], chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per method or variant: means over seeds; C3 under budgets that are the largest mean spending."""
     groups: dict[tuple[str, str], list[Spending]] = {}
     for case in cases:
-        outcome = load(case, chosen)
+        outcome = outcome_of(case, chosen)
         if outcome is not None:
-            fields = {key: outcome[key] for key in ("accuracy", "total_bytes", "counted_bytes", "train_macs")}
-            groups.setdefault((case.method, case.variant), []).append(Spending(**fields))
+            groups.setdefault((case.method, case.variant), []).append(outcome)
     means = {key: mean_spending(runs) for key, runs in groups.items()}
     budgets = budgets_of(list(means.values()))
     rows = []

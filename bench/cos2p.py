@@ -13,25 +13,17 @@ phase. The CIFAR tasks need ``--data-dir`` with NAME.npz or torchvision's files;
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import statistics
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, finish, in_fresh_process, num_cores, peak_bytes, print_table
+from bench.common import finish, in_fresh_process, num_cores, peak_bytes, print_table
 from bench.common import options as common_options
-from strategies import STRATEGIES
-from wire.flat import Scalar
+from bench.runs import FOLDERS, STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, read
 
-Keys = dict[str, Scalar]
 RATES = "1,0.75,0.5,0.25"
-PROBE_ROUNDS = 4
 MEMORY_MODEL, MEMORY_BATCH = "vit_tiny", 32
 
 
@@ -93,20 +85,6 @@ RIVALS = ("fedavg", "only-capable", "smallest-everywhere", "heterofl", "fjord", 
 QUICK = ("cos2p", "cos2p synchronous", "fedavg")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One run."""
-
-    task: str
-    seed: int
-    method: str
-
-    @property
-    def file_name(self) -> str:
-        """Where its outcome is kept."""
-        return f"{self.task}_seed{self.seed}_{self.method.replace(' ', '-')}.json"
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing, print the tables."""
     parser = common_options("cos2p", __doc__)
@@ -116,57 +94,39 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
     parser.add_argument("--budget", type=float, default=1.0, help="times the virtual time of every task")
-    parser.add_argument("--store", type=Path, default=RESULTS.parents[1] / "results" / "bench" / "cos2p")
+    parser.add_argument("--store", type=Path, default=STORES / "cos2p")
     options = parser.parse_args(arguments)
     if options.quick:
         options.task, options.seeds, options.method = ["digits"], 1, list(QUICK)
         options.store = options.store.with_name("cos2p-quick")
-    cases = plan(options)
-    run_missing(cases, options)
+    tasks = tasks_there(options)
+    methods = options.method or list(METHODS)
+    jobs = [
+        job_of(task, seed, method, options) for task in tasks for seed in range(options.seeds) for method in methods
+    ]
+    failed = carry_out(jobs, options.workers)
+    for name, reason in failed.items():
+        print(f"left out: {name}: {reason}")
     memory = measure_memory(options)
     print_table("peak of a client process, measured above its peak before the request", memory)
-    tables = [summarise(task, options) for task in dict.fromkeys(case.task for case in cases)]
+    tables = [summarise(task, options) for task in tasks]
     for table in tables:
         print_table(f"{table['task']}: {table['budget_s']:g} virtual seconds, {table['seeds']} seeds", table["rows"])
         print_table(f"{table['task']}: the abstract's claims beside what was found", table["claims"])
     return finish("cos2p", options, {"memory": memory, "tables": tables}, seeds=range(options.seeds))
 
 
-def plan(options: argparse.Namespace) -> list[Case]:
-    """The runs asked for, of the methods and data sets that there are."""
-    tasks = options.task or list(TASKS)
-    for task in [t for t in tasks if not has_data(t, options.data_dir)]:
+def tasks_there(options: argparse.Namespace) -> list[str]:
+    """The tasks asked for whose data there is."""
+    tasks: list[str] = options.task or list(TASKS)
+    there = [
+        t
+        for t in tasks
+        if (name := str(TASKS[t].keys["data.name"])) not in FOLDERS or has_cifar(options.data_dir, name)
+    ]
+    for task in sorted(set(tasks) - set(there)):
         print(f"left out: {task} (no data in {options.data_dir}; see the README on data)")
-    methods = [m for m in options.method or list(METHODS) if str(METHODS[m]["strategy"]) in STRATEGIES]
-    there = [task for task in tasks if has_data(task, options.data_dir)]
-    return [Case(task, seed, method) for task in there for seed in range(options.seeds) for method in methods]
-
-
-def has_data(task: str, data_dir: str) -> bool:
-    """Whether a task's data set lies in ``data_dir``."""
-    name = str(TASKS[task].keys["data.name"])
-    files = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-    return name not in files or any((Path(data_dir) / file).exists() for file in (f"{name}.npz", files[name]))
-
-
-def run_missing(cases: Sequence[Case], options: argparse.Namespace) -> None:
-    """Run every case whose outcome is not kept yet, ``workers`` at once."""
-    options.store.mkdir(parents=True, exist_ok=True)
-    missing = [case for case in cases if not (options.store / case.file_name).exists()]
-    jobs = [(case, keys_of(case, options), budget_of(case.task, options), str(options.store)) for case in missing]
-    if options.workers <= 1 or len(jobs) <= 1:
-        results = map(run_case, jobs)
-        _report(results, len(jobs))
-        return
-    with multiprocessing.get_context("spawn").Pool(min(options.workers, len(jobs)), maxtasksperchild=4) as pool:
-        _report(pool.imap_unordered(run_case, jobs), len(jobs))
-
-
-def _report(results: Any, num_jobs: int) -> None:
-    began = time.monotonic()
-    for done, case in enumerate(results, start=1):
-        left_s = (time.monotonic() - began) / done * (num_jobs - done)
-        print(f"[{done}/{num_jobs}] {case.file_name}; about {left_s / 60:.0f} min left", flush=True)
+    return there
 
 
 def budget_of(task: str, options: argparse.Namespace) -> float:
@@ -174,58 +134,24 @@ def budget_of(task: str, options: argparse.Namespace) -> float:
     return TASKS[task].budget_s * options.budget * (0.15 if options.quick else 1.0)
 
 
-def keys_of(case: Case, options: argparse.Namespace) -> Keys:
-    """The run config of a case, but for its rounds."""
+def job_of(task: str, seed: int, method: str, options: argparse.Namespace) -> Job:
+    """One run."""
     quick: Keys = {"data.max-train": 640, "train.local-epochs": 1} if options.quick else {}
-    return {
-        **TASKS[case.task].keys,
+    keys = {
+        **TASKS[task].keys,
         **quick,
         "data.dir": str(Path(options.data_dir).absolute()),
-        "seed": case.seed,
-        "data.seed": case.seed,
-        "num-workers": 1,
-        "transport": "local",
-        "keep-checkpoints": 1,
-        **METHODS[case.method],
+        "seed": seed,
+        "data.seed": seed,
+        **METHODS[method],
     }
-
-
-def run_case(job: tuple[Case, Keys, float, str]) -> Case:
-    """A probe and a run in this process; keeps the outcome atomically."""
-    case, keys, budget_s, store = job
-    probe = outcome(one_run({**keys, "num-rounds": PROBE_ROUNDS, "train.schedule": "constant"}, case, store, "probe"))
-    round_s = probe["time_s"] - probe["curve"][-2]["time_s"] if len(probe["curve"]) > 1 else probe["time_s"]
-    # Mask phases make the first rounds longer: the probe's time for those, its last round's for all others.
-    num_rounds = PROBE_ROUNDS + max(0, round((budget_s - probe["time_s"]) / max(round_s, 1e-9)))
-    every = max(1, num_rounds // 20)
-    last = {"num-rounds": num_rounds, "evaluation.every": every, "evaluation.family-every": every}
-    kept = outcome(one_run({**keys, **last}, case, store, "run"))
-    target = Path(store) / case.file_name
-    part = target.with_suffix(".part")
-    part.write_text(json.dumps(kept))
-    part.replace(target)
-    return case
-
-
-def one_run(keys: Keys, case: Case, store: str, kind: str) -> Path:
-    """Carry out one run without its output; returns its event log."""
-    from server_app.config import parse
-    from server_app.local import run_local
-
-    folder = Path(store) / "runs" / f"{case.file_name.removesuffix('.json')}-{kind}-{os.getpid()}-{time.time_ns()}"
-    shown = sys.stdout, sys.stderr
-    with Path(os.devnull).open("w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
-        try:
-            run_local(parse({**keys, "run-dir": str(folder)}), show=lambda line: None)
-        finally:
-            sys.stdout, sys.stderr = shown
-    return folder / "events.jsonl"
+    name = f"{task}_seed{seed}_{method.replace(' ', '-')}"
+    return Job(name, keys, options.store, outcome, budget_s=budget_of(task, options))
 
 
 def outcome(log: Path) -> dict[str, Any]:
     """What the tables need of an event log: the curve, totals, memory and N*."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read(log)
     arrivals = [row for row in rows if row["event"] == "arrival"]
     merges = [row for row in rows if row["event"] == "merge"]
     personal = {row["server_round"]: row for row in rows if row.get("where") == "federated"}
@@ -261,23 +187,14 @@ def _peaks(arrivals: Sequence[Mapping[str, Any]], pid: int) -> list[float]:
     return [row.get("peak_memory_bytes", 0) for row in arrivals if row["partition_id"] == pid]
 
 
-def load(store: Path, case: Case) -> dict[str, Any] | None:
-    """A kept outcome; None if there is none."""
-    path = store / case.file_name
-    if not path.exists():
-        return None
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return kept
-
-
 def summarise(task: str, options: argparse.Namespace) -> dict[str, Any]:
     """One table: every method at the end of the same virtual time, and the claims."""
     budget_s = budget_of(task, options)
     runs: dict[str, list[dict[str, Any]]] = {}
     for method in METHODS:
-        found = [load(options.store, Case(task, seed, method)) for seed in range(options.seeds)]
-        if any(found):
-            runs[method] = [run for run in found if run is not None]
+        paths = [job_of(task, seed, method, options).path for seed in range(options.seeds)]
+        if found := [load(path) for path in paths if path.exists()]:
+            runs[method] = found
     rows = []
     for method, same in runs.items():
         columns: dict[str, list[float]] = {}
@@ -363,14 +280,6 @@ def claims(runs: Mapping[str, Sequence[Mapping[str, Any]]], budget_s: float) -> 
             }
         )
     return found
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """``.631 ± .012`` over seeds."""
-    if any(value == float("inf") for value in values):
-        return f"not reached ({sum(v == float('inf') for v in values)} of {len(values)})"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 # --- memory of client processes --------------------------------------------------------------------------------------

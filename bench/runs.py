@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -24,6 +25,9 @@ Measure = Callable[[Path], dict[str, Any]]
 STORES = RESULTS.parents[1] / "results" / "bench"
 NUM_POINTS = 16
 """Evaluations of a curve."""
+PROBE_ROUNDS = 4
+FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+"""Where torchvision keeps a data set."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Job:
     measure : event log -> what the tables need of it, JSON values.
     until_s : go on beyond ``num-rounds`` until the virtual clock has passed it, with as many evaluations again. Needs
         a constant learning rate.
+    budget_s : take as many rounds as fit into this virtual time, instead of ``num-rounds``, and anneal the learning
+        rate over them. A probe finds out how many.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Job:
     store: Path
     measure: Measure
     until_s: float = 0.0
+    budget_s: float = 0.0
 
     @property
     def path(self) -> Path:
@@ -52,13 +59,13 @@ class Job:
         return self.store / f"{self.name}.json"
 
 
-def has_cifar(data_dir: str) -> bool:
-    """Whether CIFAR-10 lies in ``data_dir``."""
-    return any((Path(data_dir) / name).exists() for name in ("cifar10.npz", "cifar-10-batches-py"))
+def has_cifar(data_dir: str, name: str = "cifar10") -> bool:
+    """Whether CIFAR lies in ``data_dir``."""
+    return any((Path(data_dir) / file).exists() for file in (f"{name}.npz", FOLDERS[name]))
 
 
-def carry_out(jobs: Iterable[Job], workers: int) -> dict[str, str]:
-    """Run what is not kept yet, ``workers`` at once, and say how far it is.
+def carry_out(jobs: Iterable[Job], workers: int, deadline: float = math.inf) -> dict[str, str]:
+    """Run what is not kept yet, ``workers`` at once, and say how far it is; start none after ``deadline``.
 
     Returns
     -------
@@ -73,7 +80,7 @@ def carry_out(jobs: Iterable[Job], workers: int) -> dict[str, str]:
     # not multiprocessing.Pool: that one waits for ever for a worker that was killed
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
-        running = {pool.submit(run_job, job): job.name for job in missing}
+        running = {pool.submit(run_job, job, deadline): job.name for job in missing}
         for future in as_completed(running):
             done += 1
             try:
@@ -87,17 +94,23 @@ def carry_out(jobs: Iterable[Job], workers: int) -> dict[str, str]:
     return failed
 
 
-def run_job(job: Job) -> tuple[str, str]:
+def run_job(job: Job, deadline: float = math.inf) -> tuple[str, str]:
     """Carry out one run in this process and keep its outcome, whole or not at all; returns (name, reason it failed)."""
     from server_app.config import parse
     from server_app.local import run_local
 
+    if time.monotonic() > deadline:
+        return job.name, "the time for all runs is over"
     home = job.store / "runs" / job.name
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         try:
             folder, keys = home / "0", {**job.keys, "keep-checkpoints": 1, "num-workers": 1}
+            if job.budget_s:
+                probe = {"num-rounds": PROBE_ROUNDS, "train.schedule": "constant", "run-dir": str(home / "probe")}
+                run_local(parse({**keys, **probe}), show=None)
+                keys |= rounds_within(home / "probe" / "events.jsonl", job.budget_s)
             run_local(parse({**keys, "run-dir": str(folder)}), show=None)
             while (more := rounds_until(folder / "events.jsonl", job.until_s)) > 0:
                 before, folder = folder, home / str(int(folder.name) + 1)
@@ -112,6 +125,18 @@ def run_job(job: Job) -> tuple[str, str]:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / "clients", ignore_errors=True)
     return job.name, ""
+
+
+def rounds_within(log: Path, budget_s: float) -> Keys:
+    """The rounds that fit into a virtual time, with their evaluations, at the pace of a probe's last round.
+
+    What makes the first rounds longer, such as a mask phase, is charged once.
+    """
+    times = [0.0] + [row["time_s"] for row in read(log) if row["event"] == "merge"]
+    pace_s = times[-1] - times[-2]
+    num_rounds = len(times) - 1 + max(0, round((budget_s - times[-1]) / max(pace_s, 1e-9)))
+    every = max(1, num_rounds // NUM_POINTS)
+    return {"num-rounds": num_rounds, "evaluation.every": every, "evaluation.family-every": every}
 
 
 def rounds_until(log: Path, until_s: float) -> int:

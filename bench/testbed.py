@@ -1,15 +1,21 @@
-"""AdaptCL on unequal hosts that it knows nothing about: real quotas, real links, measured times.
+"""AdaptCL and Co-S2P on unequal hosts that they know nothing about: real quotas, real links, measured times.
+
+    python -m bench.testbed --data-dir data        # CIFAR-10; without it digits, where starting a process is the most
+    python -m bench.testbed --quick                # two hosts, two rounds, digits
 
 Each SuperNode lives in a network namespace with a CPU quota and a link of its own. AdaptCL must find pruning rates at
 which all are as fast as the fastest. What it learned is set beside what the simulator predicts for the same fleet: the
-devices' speeds are taken from FedAvg's measured times, and the same run is repeated on the virtual clock. Needs root;
-elsewhere it says why not, and measures nothing.
+devices' speeds are taken from FedAvg's measured times, and the same run is repeated on the virtual clock. Co-S2P is set
+beside itself with a quorum of all. Needs root; elsewhere it says why not, and measures nothing.
 
-Quotas that together are more than the machine has are not kept: run it while nothing else runs.
+Quotas that together are more than the machine has are not kept: run it while nothing else runs. Every run is kept in
+results/bench/testbed; one that is there is not repeated.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -18,7 +24,10 @@ from typing import Any
 from bench.common import finish, num_cores, options, print_table
 from bench.hosts import Federation, rows_of
 from bench.netns import Host, hosts, why_not
+from bench.runs import STORES, Keys, has_cifar
 from client_app.handler import handle
+from reporting.log import read_events
+from reporting.summary import summarise
 from server_app.config import parse
 from server_app.run import run as run_virtual
 from wire.local import LocalTransport
@@ -28,6 +37,22 @@ LINK_BYTES_PER_S = 1_000_000.0
 REFERENCE_TOLERANCE = 0.15
 LIMIT_S = 5400.0
 
+COMMON: Keys = {"data.partition": "iid", "reply-timeout-s": LIMIT_S, "deployment.join-timeout-s": 600.0}
+ADAPTCL: Keys = {"strategy": "adaptcl", "adaptcl.pruning-interval": 1, "adaptcl.rates.min-timed-rounds": 1}
+COS2P: Keys = {
+    "strategy": "cos2p",
+    "model.name": "resnet8",
+    "model.exits": True,
+    "cos2p.mask-epochs": 1,
+    "train.local-epochs": 1,
+}
+RUNS: dict[str, Keys] = {
+    "fedavg": {"strategy": "fedavg", "model.name": "cnn"},
+    "adaptcl": {**ADAPTCL, "model.name": "cnn"},
+    "cos2p": COS2P,
+    "cos2p-synchronous": {**COS2P, "cos2p.quorum-ratio": 1.0},
+}
+
 
 def fleet(num_nodes: int, cores: float) -> list[Host]:
     """Hosts whose cores and links fall evenly from the fastest to ``SPREAD`` times slower; together ``cores``."""
@@ -36,50 +61,59 @@ def fleet(num_nodes: int, cores: float) -> list[Host]:
     return [Host(fastest / slowdown, LINK_BYTES_PER_S / slowdown) for slowdown in slowdowns]
 
 
-def settings(strategy: str, num_nodes: int, num_rounds: int, epochs: int) -> dict[str, Any]:
+def settings(name: str, num_nodes: int, chosen: argparse.Namespace) -> Keys:
     """Keys of a run, the same for real and simulated hosts."""
-    return {
-        "strategy": strategy,
-        "num-clients": num_nodes,
-        "num-rounds": num_rounds,
-        "model.name": "cnn",
-        "data.partition": "iid",
-        "train.local-epochs": epochs,
-        "adaptcl.pruning-interval": 1,
-        "adaptcl.rates.min-timed-rounds": 1,
-        "reply-timeout-s": LIMIT_S,
-        "deployment.join-timeout-s": 600.0,
-    }
+    data: Keys = {"data.name": "digits", "train.local-epochs": 2 if chosen.quick else 20}
+    if has_images(chosen):
+        images = chosen.images * num_nodes
+        data = {"data.name": "cifar10", "data.max-train": images, "data.max-test": 1000, "train.local-epochs": 2}
+    num_rounds = 2 if chosen.quick else chosen.rounds
+    return {**COMMON, **data, "num-clients": num_nodes, "num-rounds": num_rounds, "seed": chosen.seed, **RUNS[name]}
 
 
-def measure(folder: Path, wanted: list[Host], keys: dict[str, Any]) -> list[dict[str, Any]]:
-    """Event log of one run on real hosts."""
+def has_images(chosen: argparse.Namespace) -> bool:
+    """Whether the hosts train on CIFAR-10."""
+    return not chosen.quick and has_cifar(chosen.data_dir)
+
+
+def measure(name: str, wanted: list[Host], chosen: argparse.Namespace, folder: Path) -> Path:
+    """Folder with the event log of one run on real hosts, kept or made now."""
+    kept: Path = chosen.store / f"{name}_{len(wanted)}hosts_seed{chosen.seed}"
+    if (kept / "events.jsonl").exists() and not chosen.quick:
+        return kept
+    site: dict[str, Any] = {"PRUNUS_DATA": str(Path(chosen.data_dir).resolve())} if has_images(chosen) else {}
+    tokens = [f"{key}={value}" for key, value in settings(name, len(wanted), chosen).items()]
+    tokens += [f"data.dir={site['PRUNUS_DATA']}"] if site else []
     with hosts(wanted, "prunus-bed") as (hub, *nodes):
         federation = Federation(folder / "f", 0, is_secure=True, names=[f"10.213.{i}.1" for i in range(len(wanted))])
         federation.prefix = hub
         with federation:
             for index, prefix in enumerate(nodes):
-                federation.start_node(f"n{index}", index, prefix=prefix, address=f"10.213.{index}.1")
-            tokens = [f"{key}={value}" for key, value in keys.items()]
+                federation.start_node(f"n{index}", index, prefix=prefix, address=f"10.213.{index}.1", **site)
             run = federation.submit(folder / "run", *tokens)
             if run.popen.wait(timeout=LIMIT_S):
-                raise RuntimeError(f"the run failed: {run.text()[-2000:]}")
-    return rows_of(folder / "run")
+                raise RuntimeError(f"{name}: the run failed: {run.text()[-2000:]}")
+    if chosen.quick:
+        return folder / "run"
+    part = kept.with_suffix(".part")
+    part.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "run" / "events.jsonl", part)
+    part.replace(kept)
+    return kept
 
 
-def predicted(
-    folder: Path, rows: list[dict[str, Any]], wanted: list[Host], keys: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Event log of the same run on the virtual clock, with the devices' speeds from measured full-model rounds."""
+def predicted(log: Path, wanted: list[Host], chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Event log of AdaptCL on the virtual clock, with the devices' speeds from FedAvg's measured rounds."""
     lines = []
     for index, host in enumerate(wanted):
-        times = [row for row in rows if row["event"] == "arrival" and row["partition_id"] == index]
+        times = [row for row in rows_of(log) if row["event"] == "arrival" and row["partition_id"] == index]
         flops = statistics.median(2 * row["train_macs"] / row["compute_s"] for row in times)
         link = f"uplink-bytes-per-s = {host.bytes_per_s}\ndownlink-bytes-per-s = {host.bytes_per_s}"
         lines.append(f'[[devices]]\nname = "host {index}"\ntrain-flops = {flops}\nmemory-bytes = 1e9\n{link}\n')
     (folder / "fleet.toml").write_text("\n".join(lines), encoding="utf-8")
-    own = {"run-dir": str(folder / "virtual"), "fleet.name": str(folder / "fleet.toml"), "fleet.noise": 0.0}
-    config = parse({**keys, **own})
+    own: Keys = {"run-dir": str(folder / "virtual"), "fleet.name": str(folder / "fleet.toml"), "fleet.noise": 0.0}
+    data: Keys = {"data.dir": chosen.data_dir} if has_images(chosen) else {}
+    config = parse({**settings("adaptcl", len(wanted), chosen), **data, **own})
     run_virtual(config, LocalTransport(handle, len(wanted)), show=lambda line: None)
     return rows_of(folder / "virtual")
 
@@ -89,13 +123,11 @@ def last_rates(rows: list[dict[str, Any]]) -> dict[str, float]:
     return dict([row for row in rows if row["event"] == "decision"][-1]["rates"])
 
 
-def spread(rows: list[dict[str, Any]], server_round: int) -> dict[int, float]:
-    """Update time of every client in a round, in units of the fastest's."""
-    times = {
-        row["partition_id"]: row["update_time_s"]
-        for row in rows
-        if row["event"] == "arrival" and row["server_round"] == server_round and row["status"] == "merged"
-    }
+def spread(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Update time of every client in the last round, in units of the fastest's."""
+    merged = [row for row in rows if row["event"] == "arrival" and row["status"] == "merged"]
+    last = max(row["server_round"] for row in merged)
+    times = {row["partition_id"]: row["update_time_s"] for row in merged if row["server_round"] == last}
     return {pid: time_s / min(times.values()) for pid, time_s in sorted(times.items())}
 
 
@@ -112,52 +144,87 @@ def main() -> dict[str, Any]:
     """Run the benchmark."""
     parser = options("testbed", __doc__)
     parser.add_argument("--nodes", type=int, default=4, help="hosts (default 4)")
+    parser.add_argument("--rounds", type=int, default=10, help="of every run (default 10)")
+    parser.add_argument("--images", type=int, default=2000, help="of CIFAR-10 on every host (default 2000)")
     parser.add_argument("--cores", type=float, default=0.75 * num_cores(), help="cores that all quotas share")
-    arguments = parser.parse_args()
+    parser.add_argument("--run", action="append", choices=list(RUNS), help="only these besides fedavg and adaptcl")
+    parser.add_argument("--data-dir", default="data", help="folder with cifar10.npz or torchvision's files")
+    parser.add_argument("--store", type=Path, default=STORES / "testbed")
+    chosen = parser.parse_args()
     reason = why_not()
     if reason:
         print(f"no unequal hosts can be made here: {reason}")
-        return finish("testbed", arguments, {"skipped": reason})
-    num_nodes, num_rounds, epochs = (2, 2, 2) if arguments.quick else (arguments.nodes, 8, 20)
-    wanted = fleet(num_nodes, arguments.cores)
-    with tempfile.TemporaryDirectory(prefix="prunus-bed-") as folder:
-        logs = {
-            name: measure(Path(folder) / name, wanted, settings(name, num_nodes, num_rounds, epochs))
-            for name in ("fedavg", "adaptcl")
+        return finish("testbed", chosen, {"skipped": reason})
+    names = ["fedavg", "adaptcl"] if chosen.quick else chosen.run or list(RUNS)
+    wanted = fleet(2 if chosen.quick else chosen.nodes, chosen.cores)
+    with tempfile.TemporaryDirectory(prefix="prunus-bed-") as made:
+        folders = {name: Path(made) / name for name in dict.fromkeys(["fedavg", "adaptcl", *names])}
+        logs = {name: measure(name, wanted, chosen, folder) for name, folder in folders.items()}
+        virtual = predicted(logs["fedavg"], wanted, chosen, Path(made))
+        results = {
+            "rows": compare_hosts(rows_of(logs["fedavg"]), rows_of(logs["adaptcl"]), virtual, wanted),
+            "runs": [total(name, log) for name, log in logs.items()],
         }
-        keys = settings("adaptcl", num_nodes, num_rounds, epochs)
-        virtual = predicted(Path(folder), logs["fedavg"], wanted, keys)
-    before, after = spread(logs["fedavg"], num_rounds), spread(logs["adaptcl"], num_rounds)
-    real, simulated = last_rates(logs["adaptcl"]), last_rates(virtual)
-    rows = [
+    print_table("update times in the last round, in units of the fastest host's, and retention ratios", results["rows"])
+    print_table("runs", results["runs"])
+    verdict = judge(results)
+    print_table("what it comes to", [{"what": what, "found": found} for what, found in verdict.items()])
+    return finish("testbed", chosen, {**results, "verdict": verdict})
+
+
+def compare_hosts(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], virtual: list[dict[str, Any]], wanted: list[Host]
+) -> list[dict[str, Any]]:
+    """One row per host: how long FedAvg's and AdaptCL's last rounds took it, and what it was pruned to."""
+    real, simulated = last_rates(after), last_rates(virtual)
+    fedavg, adaptcl = spread(before), spread(after)
+    return [
         {
             "host": index,
             "cores": host.cores,
             "link_bytes_per_s": host.bytes_per_s,
-            "fedavg_time": before.get(index),
-            "adaptcl_time": after.get(index),
+            "fedavg_time": fedavg.get(index),
+            "adaptcl_time": adaptcl.get(index),
             "rate": real.get(str(index)),
             "rate_predicted": simulated.get(str(index)),
         }
         for index, host in enumerate(wanted)
     ]
-    print_table("update times in units of the fastest host's, and retention ratios", rows)
-    shared = sorted(set(real) & set(simulated))
-    totals = {name: busy_s(log) for name, log in logs.items()}
-    accuracy = {
-        name: [row["accuracy"] for row in log if row["event"] == "evaluation"][-1] for name, log in logs.items()
+
+
+def total(name: str, log: Path) -> dict[str, Any]:
+    """One row per run."""
+    found = summarise(read_events(log))
+    rows = rows_of(log)
+    return {
+        "run": name,
+        "rounds": found["num_merges"],
+        "wall_s": rows[-1]["wall_s"],
+        "update_time_s": busy_s(rows),
+        "accuracy": [row["accuracy"] for row in rows if row["event"] == "evaluation"][-1],
+        "utilisation": found["utilisation_ratio"],
     }
-    results = {
-        "rows": rows,
-        "within_tolerance": all(ratio <= 1 + REFERENCE_TOLERANCE for ratio in after.values()),
-        "time_saved_ratio": 1 - totals["adaptcl"] / totals["fedavg"],
-        "update_time_total_s": totals,
-        "wall_s": {name: log[-1]["wall_s"] for name, log in logs.items()},
-        "accuracy": accuracy,
-        "mean_rate_error": statistics.mean(abs(real[pid] - simulated[pid]) for pid in shared) if shared else None,
+
+
+def judge(results: dict[str, Any]) -> dict[str, float | bool]:
+    """The figures that were asked for."""
+    runs = {row["run"]: row for row in results["runs"]}
+    fedavg, adaptcl = runs["fedavg"], runs["adaptcl"]
+    both = [row for row in results["rows"] if row["rate"] is not None and row["rate_predicted"] is not None]
+    verdict: dict[str, float | bool] = {
+        "all within 15 % of the fastest": all(
+            row["adaptcl_time"] <= 1 + REFERENCE_TOLERANCE for row in results["rows"] if row["adaptcl_time"]
+        ),
+        "wall time saved": 1 - adaptcl["wall_s"] / fedavg["wall_s"],
+        "update time saved": 1 - adaptcl["update_time_s"] / fedavg["update_time_s"],
+        "accuracy gained": adaptcl["accuracy"] - fedavg["accuracy"],
+        "mean error of the predicted rates": statistics.fmean(abs(row["rate"] - row["rate_predicted"]) for row in both),
     }
-    print_table("totals", [{key: value for key, value in results.items() if not isinstance(value, list | dict)}])
-    return finish("testbed", arguments, results)
+    if "cos2p" in runs and "cos2p-synchronous" in runs:
+        verdict["Co-S2P's utilisation / its synchronous self's"] = (
+            runs["cos2p"]["utilisation"] / runs["cos2p-synchronous"]["utilisation"]
+        )
+    return verdict
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import nn
 
 from client_app.data import examples_of, load_images, partitions
 from fleet.clock import DurationModel
+from fleet.data import ImageData
 from fleet.fleet import make_fleet
 from fleet.partition import label_counts
 from pruning.cost import measure_costs
@@ -130,33 +131,13 @@ def build(
     torch.manual_seed(run_config.seed)
     model, layout = make_model(config, data.num_classes, shape)
     cost = measure_costs(model, layout, torch.zeros(2, *shape))
-    fleet = run_config.fleet
-    durations = None
-    if fleet.name != "none":
-        devices = make_fleet(
-            fleet.name, run_config.num_clients, seed=run_config.seed, drop_out_ratio=fleet.drop_out_ratio or None
-        )
-        durations = DurationModel(devices, seed=run_config.seed, noise=fleet.noise)
-    job = Job(
-        model=run_config.model,
-        data=run_config.data,
-        train=run_config.train,
-        num_clients=run_config.num_clients,
-        num_rounds=run_config.num_rounds,
-        seed=run_config.seed,
-        compression=run_config.compression,
-        store_dir=str(folder / "clients"),
-        lineage=",".join((folder / LINEAGE).read_text(encoding="utf-8").split()),
-        num_classes=data.num_classes,
-        mean=",".join(map(str, data.mean)),
-        std=",".join(map(str, data.std)),
-    )
+    durations = _durations(config)
     evaluation = run_config.evaluation
     evaluator = None
     if evaluation.where != "federated":
         evaluator = CentralEvaluator(model, layout, cost, held_out, evaluation.calibration)
     setting = Setting(
-        job=job,
+        job=_job(config, data, folder),
         layout=layout,
         cost=cost,
         loop=run_config.loop,
@@ -186,6 +167,34 @@ def build(
         listen(_run_row(config, data.name, model))
         listen({"event": "clients", "clients": _clients(counts, durations)})
     return strategy, {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+
+
+def _job(config: Config, data: ImageData, folder: Path) -> Job:
+    """What every client is told, whatever it is asked to do."""
+    run_config = config.run
+    return Job(
+        model=run_config.model,
+        data=run_config.data,
+        train=run_config.train,
+        num_clients=run_config.num_clients,
+        num_rounds=run_config.num_rounds,
+        seed=run_config.seed,
+        compression=run_config.compression,
+        store_dir=str(folder / "clients"),
+        lineage=",".join((folder / LINEAGE).read_text(encoding="utf-8").split()),
+        num_classes=data.num_classes,
+        mean=",".join(map(str, data.mean)),
+        std=",".join(map(str, data.std)),
+    )
+
+
+def _durations(config: Config) -> DurationModel | None:
+    """How long the simulated devices take; None where the clock is the wall."""
+    fleet, seed = config.run.fleet, config.run.seed
+    if fleet.name == "none":
+        return None
+    devices = make_fleet(fleet.name, config.run.num_clients, seed=seed, drop_out_ratio=fleet.drop_out_ratio or None)
+    return DurationModel(devices, seed=seed, noise=fleet.noise)
 
 
 def make_model(config: Config, num_classes: int, shape: tuple[int, ...]) -> tuple[nn.Module, Layout]:

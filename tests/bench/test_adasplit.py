@@ -56,7 +56,7 @@ def test_every_case_is_a_run_that_can_be_configured(tmp_path):
     variants = [*ABLATIONS, *(f"{name} {value}" for name, (_, values) in SWEEPS.items() for value in values)]
     cases = [Case("mixed-cifar", method, "", 0, 1e-3) for method in METHODS]
     cases += [Case("mixed-cifar", "adasplit", variant, 0, 1e-3) for variant in variants]
-    assert len({case.file_name for case in cases}) == len(cases)
+    assert len({case.name for case in cases}) == len(cases)
     flats = [parse(keys_of(case, options)).flat() for case in cases]
     assert {flat["adasplit.kappa"] for flat in flats if "adasplit.kappa" in flat} == {0.3, 0.45, 0.6, 0.75, 0.9}
 
