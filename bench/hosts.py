@@ -253,12 +253,12 @@ class Federation:
 
     def clientapps(self, name: str) -> list[int]:
         """Process ids of a node's running ClientApp, if a message is being worked on."""
-        return [pid for pid in self.nodes[name].family() if "flwr-clientapp" in command_of(pid)]
+        return [pid for pid in self.nodes[name].family() if name_of(pid) == "flwr-clientapp"]
 
     def serverapps(self) -> list[int]:
         """Process ids of the running ServerApp."""
         assert self.superlink is not None
-        return [pid for pid in self.superlink.family() if "flwr-serverapp" in command_of(pid)]
+        return [pid for pid in self.superlink.family() if name_of(pid) == "flwr-serverapp"]
 
     def close(self) -> None:
         """End everything that was started here."""
@@ -271,10 +271,10 @@ class Federation:
         return [] if self.is_secure else ["--insecure-loopback"]
 
 
-def command_of(pid: int) -> str:
-    """The command line of a process; empty if it is gone."""
+def name_of(pid: int) -> str:
+    """The name of a process, at most 15 characters; empty if it is gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 

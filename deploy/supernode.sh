@@ -17,6 +17,7 @@ Settings (environment, see env/supernode.env):
   PRUNUS_DATA          folder of the data sets on this device, or an .npz file: all of it is this device's share
   PRUNUS_MEMORY_BYTES  refuse sub-models that need more memory to train; unset: no limit
   PRUNUS_POLL_S        seconds between two looks for work (0.5); Flower's own 3 s would be most of a short round
+  PRUNUS_PRELOAD       yes: import torch once and fork the client of each message, 250 MB that stay in memory; or no
   PRUNUS_NODE_PORT     port of the node's own loopback service (9094); one for each SuperNode of a machine
 --insecure-loopback    no TLS and no key, for trials on one machine: any other address is refused
 END
@@ -33,6 +34,7 @@ esac
 [[ "${PRUNUS_PARTITION:-}" =~ ^[0-9]+$ ]] || fail "PRUNUS_PARTITION: got '${PRUNUS_PARTITION:-}', expected a number from 0"
 [[ -n "${PRUNUS_STATE:-}" ]] || fail "PRUNUS_STATE is not set: the folder where this node keeps what it remembers"
 [[ "${PRUNUS_MEMORY_BYTES:-0}" =~ ^[0-9]+$ ]] || fail "PRUNUS_MEMORY_BYTES: got '$PRUNUS_MEMORY_BYTES', expected bytes"
+[[ "${PRUNUS_PRELOAD:=yes}" == yes || "$PRUNUS_PRELOAD" == no ]] || fail "PRUNUS_PRELOAD: got '$PRUNUS_PRELOAD', expected yes or no"
 (umask 077 && mkdir -p "$PRUNUS_STATE/memory")
 state="$(realpath -- "$PRUNUS_STATE")"
 [[ "$state$PWD${PRUNUS_DATA:-}" != *\"* ]] || fail "a path with a quotation mark cannot be handed to Flower"
@@ -54,4 +56,5 @@ else
     arguments+=(--root-certificates "$(realpath -- "$PRUNUS_CA")" --auth-supernode-private-key "$(realpath -- "$PRUNUS_KEY")")
 fi
 quiet_flower "$state"
+if [[ $PRUNUS_PRELOAD == yes ]]; then export PATH="$home/bin:$PATH"; fi
 exec python3 -P "$home/supernode.py" "${arguments[@]}"

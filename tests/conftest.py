@@ -17,6 +17,12 @@ settings.load_profile("prunus")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real federations first: they wait more than they compute, so that one worker waits while the other computes."""
+    items.sort(key=lambda item: (ROOT / "tests" / "deploy") not in item.path.parents)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the extra real data sets: $PRUNUS_DATA, or ``../shared/data`` beside the repository."""

@@ -18,6 +18,9 @@ from tests.runs import select
 
 pytestmark = pytest.mark.slow
 
+LONG = "train.local-epochs=300"
+"""Seconds of training, for what has to happen in its midst."""
+
 ADAPTCL = ("strategy=adaptcl", "adaptcl.pruning-interval=1", "adaptcl.rates.min-timed-rounds=1")
 
 
@@ -53,7 +56,7 @@ def test_fedavg_runs_and_the_engines_time_is_no_part_of_the_update_times(plain, 
     for row in arrivals:
         away_s = row["finish_s"] - row["start_s"]
         assert row["compute_s"] > 0
-        assert row["overhead_s"] > 0.5  # Python and torch start in every message's process
+        assert row["overhead_s"] > 0.1  # polls, and a process for every message
         assert row["update_time_s"] + row["overhead_s"] == pytest.approx(away_s, abs=1e-6)
         assert row["peak_memory_bytes"] > 0
         assert row["upload_bytes"] == row["download_bytes"] > 0
@@ -70,18 +73,24 @@ def test_adaptcl_decides_rates_from_measured_times(plain, tmp_path):
 
 
 def fresh_clientapps(federation: Federation, name: str, run) -> list[int]:
-    """Process ids of a client that has just been started: it is still importing, and has sent nothing."""
+    """Process ids of a client that has just been started: it has sent nothing, if its training is ``LONG``."""
     seen = set(federation.clientapps(name))
     wait_until(lambda: set(federation.clientapps(name)) - seen, LIMIT_S, "a client at work", run)
     return sorted(set(federation.clientapps(name)) - seen)
 
 
+def num_answers(federation: Federation, name: str) -> int:
+    """How often a node has sent what its client trained."""
+    return federation.nodes[name].text().count("Sending: train")
+
+
 def test_a_client_killed_in_the_middle_costs_time_or_its_answer_and_the_node_serves_the_next_round(plain, tmp_path):
     """Flower may start the message's process again, after its lease has run out."""
     run_dir = tmp_path / "run"
-    run = plain.submit(run_dir, "strategy=fedavg", "num-rounds=3", "reply-timeout-s=240", *SMALL)
+    run = plain.submit(run_dir, "strategy=fedavg", "num-rounds=3", "reply-timeout-s=240", LONG, *SMALL)
     wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
     killed = fresh_clientapps(plain, "n0", run)
+    assert all("superexec.py" in Path(f"/proc/{pid}/cmdline").read_text() for pid in killed)  # forked, not started
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     rows = finish(run, run_dir)
@@ -96,34 +105,34 @@ def test_a_client_killed_in_the_middle_costs_time_or_its_answer_and_the_node_ser
 
 def test_a_node_frozen_and_thawed_is_waited_for(plain, tmp_path):
     run_dir = tmp_path / "run"
-    run = plain.submit(run_dir, "strategy=fedavg", "num-rounds=2", *SMALL)
+    run = plain.submit(run_dir, "strategy=fedavg", "num-rounds=3", LONG, *SMALL)
+    wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
+    before = num_answers(plain, "n0")
     fresh_clientapps(plain, "n1", run)
-    plain.nodes["n1"].signal(signal.SIGSTOP)
-    frozen_s = time.monotonic()
-    assert plain.superlink is not None
-    began = plain.superlink.text().count("Push replies")
-    wait_until(lambda: plain.superlink.text().count("Push replies") > began, LIMIT_S, "the other's answer", run)
-    wait_until(lambda: time.monotonic() - frozen_s > 5, 60, "a pause that is to be seen")
-    plain.nodes["n1"].signal(signal.SIGCONT)
+    try:
+        plain.nodes["n1"].signal(signal.SIGSTOP)
+        frozen_s = time.monotonic()
+        wait_until(lambda: num_answers(plain, "n0") > before, LIMIT_S, "the other's answer", run)
+        wait_until(lambda: time.monotonic() - frozen_s > 5, 60, "a pause that is to be seen")
+    finally:
+        plain.nodes["n1"].signal(signal.SIGCONT)
     rows = finish(run, run_dir)
-    assert [row["num_merged"] for row in select(rows, "merge")] == [2, 2]
+    assert [row["num_merged"] for row in select(rows, "merge")] == [2, 2, 2]
+    frozen = select(rows, "arrival", server_round=2, partition_id=1)[0]
+    assert frozen["finish_s"] - frozen["start_s"] > 5
 
 
 def test_a_link_that_is_cut_for_a_while_costs_time_and_no_answer_of_others(tmp_path):
     run_dir = tmp_path / "run"
     with Federation(tmp_path / "f", 1, poll_s=0.5) as federation:
         link = Link(federation.port)
-        federation.start_node("n1", 1, PRUNUS_SUPERLINK=f"127.0.0.1:{link.port}")
+        federation.start_node("n1", 1, PRUNUS_SUPERLINK=f"127.0.0.1:{link.port}", PRUNUS_PRELOAD="no")
         before = federation.node_id("n1")
         run = federation.submit(run_dir, "strategy=fedavg", "num-rounds=3", "reply-timeout-s=240", *SMALL)
         wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
         fresh_clientapps(federation, "n1", run)
-        assert federation.superlink is not None
-        began = federation.superlink.text().count("Push replies")
         link.cut()
-        wait_until(
-            lambda: federation.superlink.text().count("Push replies") > began, LIMIT_S, "the other's answer", run
-        )
+        wait_until(lambda: num_answers(federation, "n0") > 1, LIMIT_S, "the other's answer", run)
         link.mend()
         rows = finish(run, run_dir)
         link.close()
@@ -178,7 +187,7 @@ def test_after_all_nodes_are_killed_others_with_their_partitions_take_over(tmp_p
     """Without keys a node that returns is another node; the run counts the lost answers and goes on."""
     run_dir = tmp_path / "run"
     with Federation(tmp_path / "f", 2, poll_s=0.5) as federation:
-        settings = ("num-rounds=3", "loop.max-empty-rounds=2", "reply-timeout-s=240", *SMALL)
+        settings = ("num-rounds=3", "loop.max-empty-rounds=2", "reply-timeout-s=240", LONG, *SMALL)
         run = federation.submit(run_dir, "strategy=fedavg", *settings)
         wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
         fresh_clientapps(federation, "n0", run)

@@ -132,6 +132,7 @@ NODE = {"PRUNUS_SUPERLINK": "127.0.0.1:1", "PRUNUS_PARTITION": "0"}
         ({"PRUNUS_STATE": ""}, "PRUNUS_STATE is not set"),
         ({"PRUNUS_MEMORY_BYTES": "1GB"}, "expected bytes"),
         ({"PRUNUS_DATA": "/nowhere"}, "cannot read /nowhere"),
+        ({"PRUNUS_PRELOAD": "1"}, "expected yes or no"),
         ({}, "the ca.crt that certificates.sh made"),
     ],
 )
