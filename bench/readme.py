@@ -56,7 +56,7 @@ def replace_part(text: str, name: str, content: str) -> str:
 def adaptcl_part() -> str:
     """The main columns of bench.adaptcl, one table for each task and fleet."""
     parts = []
-    for record in filter(None, (load("adaptcl"), load("adaptcl_cifar10"))):
+    for record in filter(None, map(load, ("adaptcl", "adaptcl_cifar10", "adaptcl_vgg11"))):
         parts.append(source(record))
         for table in record["results"]["tables"]:
             rows = [{name: row[name] for name in MAIN_COLUMNS if name in row} for row in table["rows"]]
@@ -102,7 +102,7 @@ def bounds() -> list[dict[str, Any]]:
         first, later = decide["results"]["worst_ms"], decide["results"]["median_later_ms"]
         what = "AdaptCL's decision for 1,000 clients of ResNet-50"
         rows.append({"what": what, "found": f"first {first:.0f} ms, later {later:.0f} ms"})
-    return rows + of_methods()
+    return rows + of_methods() + of_devices()
 
 
 def of_methods() -> list[dict[str, Any]]:
@@ -131,6 +131,27 @@ def of_methods() -> list[dict[str, Any]]:
     return rows
 
 
+def of_devices() -> list[dict[str, Any]]:
+    """The same of benchmarks with real processes."""
+    rows: list[dict[str, Any]] = []
+    if message := load("message"):
+        no, yes = message["results"]["rows"]
+        what = "a message's CPU on a device besides training, torch kept in memory / imported for each"
+        found = f"{message['results']['cpu_ratio']:.2f} ({yes['cpu_s']:.1f} of {no['cpu_s']:.1f} s)"
+        rows.append({"what": what, "found": found})
+    if testbed := load("testbed"):
+        for what, found in testbed["results"].get("verdict", {}).items():
+            text = str(found) if isinstance(found, bool) else f"{found:.3f}"
+            rows.append({"what": f"four unequal hosts, real quotas and links: {what}", "found": text})
+    if soak := load("soak"):
+        found = soak["results"]
+        hurt = ", ".join(f"{count} x {kind}" for kind, count in found["injected"].items())
+        what = f"{found['nodes']} SuperNodes for {found['seconds'] / 60:.0f} minutes: {hurt}"
+        grown = f"{found['late_mib'] / found['early_mib']:.2f}"
+        rows.append({"what": what, "found": f"{found['rounds_merged']} rounds merged, memory late/early {grown}"})
+    return rows
+
+
 def section(name: str) -> str:
     """All tables of one benchmark."""
     record = load(name)
@@ -138,15 +159,17 @@ def section(name: str) -> str:
     parts = [f"## {name}", source(record)]
     for what, value in record["results"].items():
         if what == "tables":
-            parts += [f"**{title_of(table)}**\n\n{markdown(table['rows'])}" for table in value]
+            for table in value:
+                own = [markdown(rows) for rows in table.values() if is_table(rows)]
+                parts.append("\n\n".join([f"**{title_of(table)}**", *own]))
         elif is_table(value):
             parts.append(markdown(value))
     return "\n\n".join(parts) + "\n"
 
 
 def title_of(table: Mapping[str, Any]) -> str:
-    """What a table of many is about: everything but its rows."""
-    return " · ".join(f"{key} {shown(value)}" for key, value in table.items() if key != "rows")
+    """What a table of many is about: everything beside its rows that is one value."""
+    return " · ".join(f"{key} {shown(value)}" for key, value in table.items() if not isinstance(value, list | dict))
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -4,12 +4,14 @@
     python -m bench.soak --quick                      # two nodes, a minute and a half after the first merge
 
 Every few seconds one thing happens: a client is killed, a node is killed and started again, a node is frozen for ten
-seconds, or the ServerApp is killed (the run is then continued from its last checkpoint). Counted are what was injected,
-the answers and rounds that were lost, and the memory, files and processes of the SuperLink with all below it.
+seconds, the ServerApp is killed, or the SuperLink (the run is then continued from its last checkpoint). Counted are
+what was injected, the answers and rounds that were lost, and the memory, files and processes of the SuperLink and of
+the nodes, with all below them.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -29,6 +31,7 @@ from server_app.checkpoint import load_checkpoint
 SETTINGS = ("strategy=fedavg", "model.name=mlp", "train.schedule=constant", "num-rounds=100000", "data.min-size=2")
 LOOP = ("deployment.min-clients=1", "deployment.join-timeout-s=600", "loop.max-empty-rounds=20", "reply-timeout-s=180")
 FROZEN_S = 10.0
+SAMPLE_S = 10.0
 
 
 class Injuries:
@@ -46,8 +49,9 @@ class Injuries:
             "node killed": self._kill_node,
             "node frozen": self._freeze,
             "ServerApp killed": self._kill_server,
+            "SuperLink killed": self._kill_superlink,
         }
-        kind = self.random.choices(list(kinds), weights=[6, 3, 3, 1])[0]
+        kind = self.random.choices(list(kinds), weights=[6, 3, 3, 1, 1])[0]
         self.done[kind] += kinds[kind]()
 
     def thaw(self) -> None:
@@ -83,11 +87,17 @@ class Injuries:
     def _kill_server(self) -> bool:
         return self._kill(self.federation.serverapps())
 
+    def _kill_superlink(self) -> bool:
+        assert self.federation.superlink is not None
+        self.federation.superlink.kill()
+        self.federation.start_superlink()
+        return True
 
-def usage(process: Process) -> dict[str, float]:
-    """Memory (proportional share where the kernel says it), open files and number of the processes of a family."""
+
+def usage(*roots: Process) -> dict[str, float]:
+    """Memory (proportional share), open files and number of the processes of families."""
     memory, files, count = 0.0, 0, 0
-    for pid in process.family():
+    for pid in [pid for root in roots for pid in root.family()]:
         with suppress(OSError):
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             memory += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) / 1024
@@ -107,13 +117,16 @@ def soak(folder: Path, num_nodes: int, seconds: float, pause_s: float, seed: int
         wait_until(lambda: any(row["event"] == "merge" for row in rows_of(run_dir)), 1200, "the first merge", run)
         assert federation.superlink is not None
         injuries = Injuries(federation, seed)
-        began, due = time.monotonic(), time.monotonic() + pause_s
+        began, due, sampled = time.monotonic(), time.monotonic() + pause_s, -math.inf
         while (now := time.monotonic()) - began < seconds:
             injuries.thaw()
             if now >= due:
                 injuries.one()
                 due = now + injuries.random.uniform(0.5, 1.5) * pause_s
-            samples.append({"s": now - began, **usage(federation.superlink)})
+            if now - sampled >= SAMPLE_S:
+                sampled = now
+                own, nodes = usage(federation.superlink), usage(*federation.nodes.values())
+                samples.append({"s": now - began, **own, **{f"nodes_{key}": value for key, value in nodes.items()}})
             if not run.is_alive:
                 raise HostError(f"the run ended: {run.text()[-2000:]}")
             time.sleep(1.0)
@@ -131,7 +144,7 @@ def summary(folder: Path, samples: list[dict[str, float]], done: Counter[str], s
     quarters = {
         name: {
             key: statistics.median(row[key] for row in samples if low <= row["s"] / seconds < high)
-            for key in ("mib", "files", "processes")
+            for key in samples[0].keys() - {"s"}
         }
         for name, (low, high) in {"early": (0.25, 0.5), "late": (0.75, 1.0)}.items()
     }
@@ -141,7 +154,7 @@ def summary(folder: Path, samples: list[dict[str, float]], done: Counter[str], s
         "runs": len(folders),
         "rounds_merged": progress.server_round,
         "answers": dict(arrivals),
-        **{f"{name}_{key}": value for name, found in quarters.items() for key, value in found.items()},
+        **{f"{name}_{key}": value for name, found in quarters.items() for key, value in sorted(found.items())},
     }
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO
 
 from server_app import processes
+from server_app.bundle import copy_app
 from server_app.processes import adopt_orphans, die_with_parent, end_descendants, list_descendants, uninterrupted
 
 CONNECTION = "prunus"  # the SuperLink's name in the private Flower configuration
@@ -37,12 +38,6 @@ PENDING = ("pending", "starting")
 MAX_PORT_ATTEMPTS = 5
 MAX_RUN_ATTEMPTS = 2
 STARTUP_LIMIT_S = 60.0
-
-# What Flower packs of an app, less what a run has no use for. Handing over a copy spares `flwr run` the walk through
-# every file of `.venv`, seconds per run.
-_SHIPPED_SUFFIXES = (".py", ".toml", ".json", ".yaml", ".yml")
-_SHIPPED_NAMES = (".gitignore", "LICENSE")
-_NOT_SHIPPED_FOLDERS = ("tests", "bench", "docs", "results")
 
 
 class EngineError(ValueError):
@@ -106,25 +101,6 @@ def ray_cluster() -> str:
     Every machine of the cluster must see this checkout, with its environment, at the same path (docs/scale.md).
     """
     return os.environ.get("PRUNUS_RAY_ADDRESS", "")
-
-
-def copy_app(app_dir: Path, target_dir: Path) -> None:
-    """Copy the files that make up the app: no environments, hidden folders, tests, benchmarks, docs or results."""
-    for folder, folder_names, file_names in os.walk(app_dir):
-        is_top = Path(folder) == app_dir
-        folder_names[:] = [
-            name
-            for name in folder_names
-            if not name.startswith((".", "__pycache__"))
-            and not (is_top and name in _NOT_SHIPPED_FOLDERS)
-            and not (Path(folder) / name / "pyvenv.cfg").exists()
-            and not target_dir.is_relative_to(Path(folder) / name)
-        ]
-        target = target_dir / Path(folder).relative_to(app_dir)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in file_names:
-            if name.endswith(_SHIPPED_SUFFIXES) or (is_top and name in _SHIPPED_NAMES):
-                shutil.copyfile(Path(folder) / name, target / name)
 
 
 class StreamFilter:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server_app.engine import COMPLETED, copy_app
+from server_app.bundle import copy_app
+from server_app.engine import COMPLETED
 from server_app.launch import PROJECT_DIR, Launch, LaunchError, close_event_log, guard, has_end, plan
 
 USAGE = "usage: python -m server_app.submit CONNECTION [--attempts=N] [key=value ...]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -217,6 +218,18 @@ def test_a_run_over_tls_with_authenticated_nodes(strategy, secure, tmp_path):
     rows = finish(secure.submit(run_dir, *tokens), run_dir)
     assert len(select(rows, "merge")) == 2
     assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
+
+
+def test_a_copy_of_a_runs_folder_goes_on_at_another_superlink_with_other_devices(plain, secure, tmp_path):
+    run_dir, moved, second = tmp_path / "run", tmp_path / "elsewhere" / "copy", tmp_path / "second"
+    before = finish(plain.submit(run_dir, *ADAPTCL, "num-rounds=2", *SMALL), run_dir)
+    shutil.copytree(run_dir, moved)
+    shutil.rmtree(run_dir)
+    rows = finish(secure.submit(second, *ADAPTCL, "num-rounds=3", *SMALL, f"resume={moved}"), second)
+    assert [row["server_round"] for row in select(rows, "merge")] == [1, 2, 3]
+    assert select(rows, "merge")[:2] == select(before, "merge")
+    assert select(rows, "decision")[: len(select(before, "decision"))] == select(before, "decision")
+    assert {row["status"] for row in select(rows, "arrival", server_round=3)} == {"merged"}
 
 
 def test_a_node_whose_key_is_not_registered_is_refused(secure):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.hosts import ROOT, rows_of
-from server_app.engine import copy_app
+from server_app.bundle import copy_app
 from tests.deploy.conftest import LIMIT_S, SMALL
 from tests.runs import final_state, select
 

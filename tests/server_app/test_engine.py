@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from server_app.engine import EngineError, Outcome, StreamFilter, copy_app, run_app
+from server_app.bundle import copy_app
+from server_app.engine import EngineError, Outcome, StreamFilter, run_app
 
 SUPERLINK = "echo Uvicorn running on http://$4:$6\nexec sleep 600\n"
 STREAM = "echo 'Successfully started run 7'\necho 'INFO :      Starting Flower Simulation'\necho round 1 of 2\n"
