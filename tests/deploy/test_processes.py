@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.hosts import Federation, rows_of, wait_until
+from bench.message import cpu_s
 from server_app.checkpoint import load_checkpoint
 from tests.deploy.conftest import LIMIT_S, SMALL
 from tests.deploy.link import Link
@@ -19,7 +20,7 @@ from tests.runs import select
 
 pytestmark = pytest.mark.slow
 
-LONG = "train.local-epochs=300"
+LONG = "train.local-epochs=600"
 """Seconds of training, for what has to happen in its midst."""
 
 ADAPTCL = ("strategy=adaptcl", "adaptcl.pruning-interval=1", "adaptcl.rates.min-timed-rounds=1")
@@ -92,6 +93,7 @@ def test_a_client_killed_in_the_middle_costs_time_or_its_answer_and_the_node_ser
     wait_until(has_merged(run_dir), LIMIT_S, "the first merge", run)
     killed = fresh_clientapps(plain, "n0", run)
     assert all("superexec.py" in Path(f"/proc/{pid}/cmdline").read_text() for pid in killed)  # forked, not started
+    wait_until(lambda: any(cpu_s(pid) > 0.8 for pid in killed), LIMIT_S, "a client that trains", run)
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     rows = finish(run, run_dir)
@@ -211,7 +213,7 @@ def test_a_run_over_tls_with_authenticated_nodes(strategy, secure, tmp_path):
     run_dir = tmp_path / "run"
     own = {
         "adaptcl": ADAPTCL,
-        "cos2p": ("model.name=resnet8", "data.max-train=120"),
+        "cos2p": ("model.name=resnet8", "data.max-train=120", "cos2p.quorum-ratio=1"),
         "adasplit": ("adasplit.segments=1",),
     }
     tokens = (f"strategy={strategy}", "num-rounds=2", *SMALL, *own.get(strategy, ()))
