@@ -168,8 +168,12 @@ def section(name: str) -> str:
 
 
 def title_of(table: Mapping[str, Any]) -> str:
-    """What a table of many is about: everything beside its rows that is one value."""
-    return " · ".join(f"{key} {shown(value)}" for key, value in table.items() if not isinstance(value, list | dict))
+    """What a table of many is about: its title, or everything beside its rows that is one value."""
+    return (
+        str(table["title"])
+        if "title" in table
+        else " · ".join(f"{key} {shown(value)}" for key, value in table.items() if not isinstance(value, list | dict))
+    )
 
 
 def load(name: str) -> dict[str, Any] | None:
