@@ -169,11 +169,9 @@ def section(name: str) -> str:
 
 def title_of(table: Mapping[str, Any]) -> str:
     """What a table of many is about: its title, or everything beside its rows that is one value."""
-    return (
-        str(table["title"])
-        if "title" in table
-        else " · ".join(f"{key} {shown(value)}" for key, value in table.items() if not isinstance(value, list | dict))
-    )
+    if "title" in table:
+        return str(table["title"])
+    return " · ".join(f"{key} {shown(value)}" for key, value in table.items() if not isinstance(value, list | dict))
 
 
 def load(name: str) -> dict[str, Any] | None:
