@@ -65,6 +65,15 @@ every_strategy_slowly = pytest.mark.parametrize(
 )
 """Promises that the loop keeps for all methods alike: the fast suite looks at two of them, the whole suite at all."""
 
+one_of_each_exchange = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "fedavg" else pytest.mark.slow)
+        for name in ("fedavg", "scaffold", "fedbuff", "cos2p", "adasplit", "splitfed", "sl-basic")
+    ],
+)
+"""How an answer gets lost is the transport's matter; what a method makes of a lost one is seen where clients raise."""
+
 
 def settings_of(name: str, mode: str) -> dict[str, Any]:
     """Settings of a run in a mode; a method that is a loop of its own has no other mode."""
@@ -210,13 +219,13 @@ def test_a_client_that_raises_is_reported_with_what_it_raised_and_where(name, tm
     _assert_only_the_culprit_failed(rows, name, "failed", "RuntimeError: the battery is empty (faulty.py:")
 
 
-@every_strategy_slowly
+@one_of_each_exchange
 def test_a_worker_that_dies_costs_one_answer(name, tmp_path):
     rows = tiny_run(tmp_path / "run", faulty.dies, num_workers=2, strategy=name, num_rounds=merges_of(name, 2))
     _assert_only_the_culprit_failed(rows, name, "failed", "worker process died with exit code -9")
 
 
-@every_strategy_slowly
+@one_of_each_exchange
 def test_a_client_that_never_answers_is_bounded_by_the_reply_timeout(name, tmp_path):
     settings = {"num-rounds": merges_of(name, 2), "reply-timeout-s": 2.0}
     rows = tiny_run(tmp_path / "run", faulty.hangs, num_workers=1, strategy=name, **settings)
