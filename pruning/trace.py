@@ -10,7 +10,6 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
@@ -19,12 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning.attention import OUTPUT_NAMES, find_attentions, head_group
 from pruning.groups import Axis, Group, Layout, LayoutError
 
 logger = logging.getLogger(__name__)
-
-# What the layer that reads the heads of an attention is called.
-OUTPUT_NAMES = ("proj", "out_proj")
 
 # (state-dict key, axis) -> positions that one unit owns there
 Footprint = dict[tuple[str, int], list[int]]
@@ -36,25 +33,6 @@ class TraceError(ValueError):
 
 class _NotUnderstoodError(Exception):
     """Why one group is kept whole."""
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """Self-attention whose heads are units.
-
-    Attributes
-    ----------
-    path : dotted path of the module.
-    inputs : names of its query, key and value layers; one name if they are fused.
-    output : name of the layer that reads the heads.
-    num_heads, head_dim : heads, and width of each.
-    """
-
-    path: str
-    inputs: tuple[str, ...]
-    output: str
-    num_heads: int
-    head_dim: int
 
 
 def traced_layout(model: nn.Module, example_input: Tensor) -> Layout:
@@ -142,7 +120,7 @@ class _Tracer:
             by_storage.setdefault(id(tensor), []).append(key)
         self.tied = {key for keys in by_storage.values() if len(keys) > 1 for key in keys}
         self.shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        self.attentions = tuple(_find_attentions(model))
+        self.attentions = tuple(find_attentions(model))
         recognised = {attention.path for attention in self.attentions}
         self.opaque_attentions = {
             path
@@ -160,7 +138,7 @@ class _Tracer:
             for a in self.attentions
             for name in (*a.inputs, a.output)
         }
-        groups: list[Group] = [_head_group(a, self.shapes) for a in self.attentions]
+        groups: list[Group] = [head_group(a, self.shapes) for a in self.attentions]
         classifier: list[Axis] = []
         for root in self._roots():
             name = self.path_of[root]
@@ -361,50 +339,3 @@ def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((position, position + 1))
     return runs
-
-
-def _find_attentions(model: nn.Module) -> Iterator[_Attention]:
-    """Attention modules whose heads can be told from their children's names and shapes."""
-    for path, module in model.named_modules():
-        children = dict(module.named_children())
-        output = next((name for name in OUTPUT_NAMES if isinstance(children.get(name), nn.Linear)), None)
-        separate = (("q", "k", "v"), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
-        inputs = next(
-            (names for names in (("qkv",), *separate) if all(isinstance(children.get(n), nn.Linear) for n in names)),
-            None,
-        )
-        if output is None or inputs is None:
-            continue
-        widths = {children[name].out_features for name in inputs}
-        read = children[output].in_features
-        if widths != {read * 3 // len(inputs)}:
-            continue
-        num_heads, head_dim = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
-        # ``resize`` adapts the attribute num_heads beside a fused qkv; who has none reads the heads off the weights.
-        if not isinstance(head_dim, int) or read % head_dim or (num_heads is not None and inputs != ("qkv",)):
-            continue
-        num_heads = read // head_dim
-        # Anything with parameters beside these layers, other than norms within a head, ties the heads together.
-        others = [
-            child
-            for name, child in children.items()
-            if name not in (*inputs, output, "q_norm", "k_norm") and any(True for _ in child.parameters())
-        ]
-        own = list(module.parameters(recurse=False))
-        if not others and not own:
-            yield _Attention(path, tuple(inputs), output, num_heads, head_dim)
-
-
-def _head_group(attention: _Attention, shapes: dict[str, tuple[int, ...]]) -> Group:
-    width = attention.num_heads * attention.head_dim
-    prefix = f"{attention.path}." if attention.path else ""
-    offsets = (0, width, 2 * width) if len(attention.inputs) == 1 else (0,)
-    axes = [
-        Axis(f"{prefix}{name}.{tensor}", 0, attention.head_dim, offset)
-        for name in attention.inputs
-        for offset in offsets
-        for tensor in ("weight", "bias")
-        if f"{prefix}{name}.{tensor}" in shapes
-    ]
-    axes.append(Axis(f"{prefix}{attention.output}.weight", 1, attention.head_dim))
-    return Group(f"{prefix}heads", attention.num_heads, tuple(axes))
