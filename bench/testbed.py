@@ -15,6 +15,7 @@ results/bench/testbed; one that is there is not repeated.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import tempfile
@@ -82,7 +83,9 @@ def measure(name: str, wanted: list[Host], chosen: argparse.Namespace, folder: P
     if (kept / "events.jsonl").exists() and not chosen.quick:
         return kept
     site: dict[str, Any] = {"PRUNUS_DATA": str(Path(chosen.data_dir).resolve())} if has_images(chosen) else {}
-    tokens = [f"{key}={value}" for key, value in settings(name, len(wanted), chosen).items()]
+    # JSON's true and false are the command line's, too
+    keys = settings(name, len(wanted), chosen)
+    tokens = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in keys.items()]
     tokens += [f"data.dir={site['PRUNUS_DATA']}"] if site else []
     with hosts(wanted, "prunus-bed") as (hub, *nodes):
         federation = Federation(folder / "f", 0, is_secure=True, names=[f"10.213.{i}.1" for i in range(len(wanted))])
@@ -123,12 +126,17 @@ def last_rates(rows: list[dict[str, Any]]) -> dict[str, float]:
     return dict([row for row in rows if row["event"] == "decision"][-1]["rates"])
 
 
-def spread(rows: list[dict[str, Any]]) -> dict[int, float]:
-    """Update time of every client in the last round, in units of the fastest's."""
+def last_times(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Update time of every client in the last round, s."""
     merged = [row for row in rows if row["event"] == "arrival" and row["status"] == "merged"]
     last = max(row["server_round"] for row in merged)
-    times = {row["partition_id"]: row["update_time_s"] for row in merged if row["server_round"] == last}
-    return {pid: time_s / min(times.values()) for pid, time_s in sorted(times.items())}
+    return {row["partition_id"]: row["update_time_s"] for row in merged if row["server_round"] == last}
+
+
+def decided(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Update times that the last decision went by, in units of its reference's."""
+    last = [row for row in rows if row["event"] == "decision"][-1]
+    return {int(pid): time_s / last["reference_s"] for pid, time_s in last["update_times_s"].items()}
 
 
 def busy_s(rows: list[dict[str, Any]]) -> float:
@@ -165,9 +173,9 @@ def main() -> dict[str, Any]:
             "rows": compare_hosts(rows_of(logs["fedavg"]), rows_of(logs["adaptcl"]), virtual, wanted),
             "runs": [total(name, log) for name, log in logs.items()],
         }
-    print_table("update times in the last round, in units of the fastest host's, and retention ratios", results["rows"])
+    print_table("update times, in units of the fastest host's (FedAvg) or the reference's (AdaptCL)", results["rows"])
     print_table("runs", results["runs"])
-    verdict = judge(results)
+    verdict = judge(results, rows_of(logs["fedavg"]))
     print_table("what it comes to", [{"what": what, "found": found} for what, found in verdict.items()])
     return finish("testbed", chosen, {**results, "verdict": verdict})
 
@@ -175,15 +183,15 @@ def main() -> dict[str, Any]:
 def compare_hosts(
     before: list[dict[str, Any]], after: list[dict[str, Any]], virtual: list[dict[str, Any]], wanted: list[Host]
 ) -> list[dict[str, Any]]:
-    """One row per host: how long FedAvg's and AdaptCL's last rounds took it, and what it was pruned to."""
+    """One row per host: its update times in units of FedAvg's fastest and AdaptCL's reference, and its rates."""
     real, simulated = last_rates(after), last_rates(virtual)
-    fedavg, adaptcl = spread(before), spread(after)
+    fedavg, adaptcl = last_times(before), decided(after)
     return [
         {
             "host": index,
             "cores": host.cores,
             "link_bytes_per_s": host.bytes_per_s,
-            "fedavg_time": fedavg.get(index),
+            "fedavg_time": fedavg[index] / min(fedavg.values()) if index in fedavg else None,
             "adaptcl_time": adaptcl.get(index),
             "rate": real.get(str(index)),
             "rate_predicted": simulated.get(str(index)),
@@ -201,23 +209,31 @@ def total(name: str, log: Path) -> dict[str, Any]:
         "rounds": found["num_merges"],
         "wall_s": rows[-1]["wall_s"],
         "update_time_s": busy_s(rows),
-        "accuracy": [row["accuracy"] for row in rows if row["event"] == "evaluation"][-1],
+        "accuracy": accuracy_at(rows, rows[-1]["wall_s"]),
         "utilisation": found["utilisation_ratio"],
     }
 
 
-def judge(results: dict[str, Any]) -> dict[str, float | bool]:
-    """The figures that were asked for."""
+def accuracy_at(rows: list[dict[str, Any]], wall_s: float) -> float:
+    """Test accuracy of the last evaluation by then."""
+    accuracy: float = [row for row in rows if row["event"] == "evaluation" and row["wall_s"] <= wall_s][-1]["accuracy"]
+    return accuracy
+
+
+def judge(results: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, float | bool]:
+    """The figures that were asked for; ``before`` are the rows of FedAvg's event log."""
     runs = {row["run"]: row for row in results["runs"]}
     fedavg, adaptcl = runs["fedavg"], runs["adaptcl"]
     both = [row for row in results["rows"] if row["rate"] is not None and row["rate_predicted"] is not None]
+    times = [row["adaptcl_time"] for row in results["rows"] if row["adaptcl_time"]]
     verdict: dict[str, float | bool] = {
-        "all within 15 % of the fastest": all(
-            row["adaptcl_time"] <= 1 + REFERENCE_TOLERANCE for row in results["rows"] if row["adaptcl_time"]
-        ),
+        "nobody over 15 % slower than the reference": max(times) <= 1 + REFERENCE_TOLERANCE,
+        "slowest host / reference": max(times),
+        "fastest host / reference": min(times),
         "wall time saved": 1 - adaptcl["wall_s"] / fedavg["wall_s"],
         "update time saved": 1 - adaptcl["update_time_s"] / fedavg["update_time_s"],
-        "accuracy gained": adaptcl["accuracy"] - fedavg["accuracy"],
+        "accuracy gained for the same rounds": adaptcl["accuracy"] - fedavg["accuracy"],
+        "accuracy gained in the same wall time": adaptcl["accuracy"] - accuracy_at(before, adaptcl["wall_s"]),
         "mean error of the predicted rates": statistics.fmean(abs(row["rate"] - row["rate_predicted"]) for row in both),
     }
     if "cos2p" in runs and "cos2p-synchronous" in runs:
