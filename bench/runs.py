@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS
+from server_app.processes import die_with_parent
 from wire.flat import Scalar
 
 Keys = dict[str, Scalar]
@@ -79,7 +80,7 @@ def carry_out(jobs: Iterable[Job], workers: int, deadline: float = math.inf) -> 
     began, done = time.monotonic(), 0
     # not multiprocessing.Pool: that one waits for ever for a worker that was killed
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context, initializer=end_with_parent) as pool:
         running = {pool.submit(run_job, job, deadline): job.name for job in missing}
         for future in as_completed(running):
             done += 1
@@ -92,6 +93,13 @@ def carry_out(jobs: Iterable[Job], workers: int, deadline: float = math.inf) -> 
             note = f" FAILED: {reason}" if reason else ""
             print(f"[{done}/{len(missing)}] {name}; about {left_s / 60:.0f} min left{note}", flush=True)
     return failed
+
+
+def end_with_parent() -> None:
+    """Let this process end with the one that started it: a benchmark that is killed must not work on unseen."""
+    die_with_parent()()
+    if os.getppid() == 1:  # it had ended before
+        raise SystemExit(1)
 
 
 def run_job(job: Job, deadline: float = math.inf) -> tuple[str, str]:

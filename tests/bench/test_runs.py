@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,10 @@ from typing import Any
 import pytest
 
 from bench.adaptcl import METHODS, Case, Task
+from bench.hosts import wait_until
 from bench.runs import Job, keep, load, mean_and_spread, read, rounds_until, run_job
 from server_app.config import parse
+from tests.conftest import ROOT
 
 TINY: dict[str, Any] = {
     "strategy": "fedavg",
@@ -77,6 +83,41 @@ def test_no_run_is_started_after_the_time_for_all_is_over(tmp_path):
     reason = run_job(Job("late", TINY, tmp_path, last_merge), time.monotonic() - 1)[1]
     assert reason == "the time for all runs is over"
     assert not (tmp_path / "late.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's word on a parent's death is Linux's")
+def test_the_processes_of_a_benchmark_that_is_killed_end_with_it(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from bench.runs import Job, carry_out;"
+        "from tests.bench.test_runs import never_done;"
+        "carry_out([Job('a', {'num-rounds': 1, 'num-clients': 2}, Path(sys.argv[1]), never_done)], 1)"
+    )
+    bench = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists(), 120.0, "the run to be measured")
+        worker = int((tmp_path / "pid").read_text())
+    finally:
+        bench.kill()
+        bench.wait()
+    wait_until(lambda: not is_at_work(worker), 30.0, "the worker's end")
+
+
+def never_done(log: Path) -> dict[str, Any]:
+    """A measure that says who takes it, and goes on for ever."""
+    part = log.parents[3] / "pid.part"
+    part.write_text(str(os.getpid()))
+    part.rename(log.parents[3] / "pid")
+    threading.Event().wait()
+    return {}
+
+
+def is_at_work(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_an_outcome_is_whole_or_not_there(tmp_path):
