@@ -27,7 +27,9 @@ USAGE = "usage: python -m server_app.submit CONNECTION [--attempts=N] [key=value
 POLL_S = 10.0
 """Asking for a status starts a process of two CPU seconds; the end of a run whose folder is here is seen at once."""
 LOST_S = 600.0
-"""A SuperLink that does not answer for so long is gone for good."""
+"""A SuperLink that has answered once and does not for so long is gone for good."""
+COMMAND_S = 120.0
+"""A `flwr` command that takes longer has failed."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def submit(submission: Submission, app_dir: Path = PROJECT_DIR, show: Callable[[
     folder = launch.run_dir
     for attempt in range(1, submission.num_attempts + 1):
         show(f"run folder: {launch.run_dir}")
-        status, details = run_once(submission.connection, launch, app_dir)
+        # who restarts a SuperLink is not to lose the run that it was cut off from
+        status, details = run_once(submission.connection, launch, app_dir, 0.0 if attempt == 1 else LOST_S)
         reason = details or status
         if launch.run_dir.joinpath("events.jsonl").exists():
             reason = close_event_log(launch.run_dir, "completed" if status == COMPLETED else "failed", reason)["reason"]
@@ -103,16 +106,16 @@ def _last_checkpoint(folder: Path, attempt: int) -> Path | None:
     return found[-1] if found else None
 
 
-def run_once(connection: str, launch: Launch, app_dir: Path) -> tuple[str, str]:
-    """Submit one run and wait for its end: (status, details) as Flower says them; status "" if it never began."""
-    with tempfile.TemporaryDirectory(prefix="prunus-submit-") as folder:
-        copy_app(app_dir, Path(folder) / "app")
-        config = Path(folder) / "run-config.toml"
-        config.write_text(launch.settings, encoding="utf-8")
-        command = ["run", str(Path(folder) / "app"), connection, "--run-config", str(config), "--format", "json"]
-        answer, text = flwr(command, folder)
-    if not answer.get("success", False) or "run-id" not in answer:
-        return "", str(answer.get("error-message") or text[-500:] or "flwr run ended without a word")
+def run_once(connection: str, launch: Launch, app_dir: Path, patience_s: float) -> tuple[str, str]:
+    """Submit one run and wait for its end: (status, details) as Flower says them; status "" if it never began.
+
+    A submission that fails is tried again for ``patience_s``.
+    """
+    began = time.monotonic()
+    while "run-id" not in (answer := _begin(connection, launch, app_dir)):
+        if time.monotonic() - began >= patience_s:
+            return "", str(answer["error-message"])
+        time.sleep(POLL_S / 2)
     run_id = str(answer["run-id"])
     print(f"run {run_id} on {connection}", flush=True)
     heard = time.monotonic()
@@ -131,24 +134,40 @@ def run_once(connection: str, launch: Launch, app_dir: Path) -> tuple[str, str]:
     return "lost", f"the SuperLink did not answer for {LOST_S:.0f} s"
 
 
+def _begin(connection: str, launch: Launch, app_dir: Path) -> dict[str, Any]:
+    """Submit a run: what `flwr` answers, with ``run-id`` or with ``error-message``."""
+    with tempfile.TemporaryDirectory(prefix="prunus-submit-") as folder:
+        copy_app(app_dir, Path(folder) / "app")
+        config = Path(folder) / "run-config.toml"
+        config.write_text(launch.settings, encoding="utf-8")
+        command = ["run", str(Path(folder) / "app"), connection, "--run-config", str(config), "--format", "json"]
+        answer, text = flwr(command, folder)
+    if answer.get("success", False) and "run-id" in answer:
+        return answer
+    return {"error-message": answer.get("error-message") or text[-500:] or "flwr run ended without a word"}
+
+
 def flwr(arguments: Sequence[str], folder: str | None = None) -> tuple[dict[str, Any], str]:
     """The JSON object that a `flwr` command prints, {} if none, and all that it said."""
     program = shutil.which("flwr", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
         raise LaunchError(f"the command flwr was not found beside {sys.executable}; install the dependencies")
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [program, *arguments],
-        cwd=folder,
-        env=os.environ | quiet,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=120,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            cwd=folder,
+            env=os.environ | quiet,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=COMMAND_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {}, f"flwr {arguments[0]} did not end within {COMMAND_S:.0f} s"
     try:
         found = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:

@@ -273,7 +273,7 @@ def test_a_submission_is_read(monkeypatch):
 def test_a_run_that_was_cut_off_is_continued_from_its_last_checkpoint(merged_before, tmp_path, monkeypatch, capsys):
     tried = []
 
-    def run_once(connection, launch, app_dir):
+    def run_once(connection, launch, app_dir, patience_s):
         tried.append(tomllib.loads(launch.settings)["resume"])
         launch.run_dir.mkdir(parents=True)
         if merged_before and len(tried) == 1:
@@ -293,3 +293,30 @@ def test_a_superlink_that_refuses_is_not_asked_again(tmp_path, monkeypatch, caps
     assert main(["prunus", "--attempts=3", f"run-dir={tmp_path / 'run'}"]) == 1
     assert len(tried) == 1
     assert "connection refused" in capsys.readouterr().err
+
+
+def test_a_superlink_that_is_being_restarted_is_waited_for_by_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
+    unavailable = ({}, "Connection to the SuperLink is unavailable.")
+    ended = [[{"status": "finished:failed", "status-details": "No heartbeat"}], [{"status": "finished:completed"}]]
+    answers = [
+        ({"success": True, "run-id": 1}, ""),
+        ({"runs": ended[0]}, ""),
+        unavailable,
+        unavailable,
+        ({"success": True, "run-id": 2}, ""),
+        ({"runs": ended[1]}, ""),
+    ]
+    monkeypatch.setattr("server_app.submit.flwr", lambda *_: answers.pop(0))
+    monkeypatch.setattr("server_app.submit.POLL_S", 0.0)
+    assert main(["prunus", "--attempts=2", f"run-dir={tmp_path / 'run'}"]) == 0
+    assert not answers
+    assert "No heartbeat" in capsys.readouterr().err
+
+
+def test_a_command_that_does_not_end_is_a_submission_that_failed(tmp_path, monkeypatch, capsys):
+    def run(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr("server_app.submit.subprocess.run", run)
+    assert main(["prunus", f"run-dir={tmp_path / 'run'}"]) == 1
+    assert "flwr run did not end within 120 s" in capsys.readouterr().err
