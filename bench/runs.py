@@ -9,16 +9,16 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS
-from server_app.processes import die_with_parent
+from server_app.processes import die_with_parent, hold
 from wire.flat import Scalar
 
 Keys = dict[str, Scalar]
@@ -104,35 +104,50 @@ def end_with_parent() -> None:
 
 def run_job(job: Job, deadline: float = math.inf) -> tuple[str, str]:
     """Carry out one run in this process and keep its outcome, whole or not at all; returns (name, reason it failed)."""
-    from server_app.config import parse
-    from server_app.local import run_local
-
     if time.monotonic() > deadline:
         return job.name, "the time for all runs is over"
     home = job.store / "runs" / job.name
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold(home.with_name(f"{job.name}.lock")), silence():
+            keep(job.path, _outcome(job, home))
+    except BlockingIOError:
+        return job.name, "another process is at it"
+    except Exception as error:  # one run that fails must not cost the others
+        return job.name, f"{type(error).__name__}: {error}"
+    return job.name, ""
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing is printed."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        try:
-            folder, keys = home / "0", {**job.keys, "keep-checkpoints": 1, "num-workers": 1}
-            if job.budget_s:
-                probe = {"num-rounds": PROBE_ROUNDS, "train.schedule": "constant", "run-dir": str(home / "probe")}
-                run_local(parse({**keys, **probe}), show=None)
-                keys |= rounds_within(home / "probe" / "events.jsonl", job.budget_s)
-            run_local(parse({**keys, "run-dir": str(folder)}), show=None)
-            while (more := rounds_until(folder / "events.jsonl", job.until_s)) > 0:
-                before, folder = folder, home / str(int(folder.name) + 1)
-                every = max(1, (more - int(keys["num-rounds"])) // NUM_POINTS)
-                keys |= {"num-rounds": more, "evaluation.every": every, "evaluation.family-every": every}
-                run_local(parse({**keys, "run-dir": str(folder), "resume": str(before)}), show=None)
-                shutil.rmtree(before)
-            outcome = job.measure(folder / "events.jsonl")
-        except Exception as error:  # one run that fails must not cost the others
-            return job.name, f"{type(error).__name__}: {error}"
-    keep(job.path, outcome)
+        yield
+
+
+def _outcome(job: Job, home: Path) -> dict[str, Any]:
+    """Carry out a run in a new folder and measure it."""
+    from server_app.config import parse
+    from server_app.local import run_local
+
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    folder, keys = home / "0", {**job.keys, "keep-checkpoints": 1, "num-workers": 1}
+    if job.budget_s:
+        probe = {"num-rounds": PROBE_ROUNDS, "train.schedule": "constant", "run-dir": str(home / "probe")}
+        run_local(parse({**keys, **probe}), show=None)
+        keys |= rounds_within(home / "probe" / "events.jsonl", job.budget_s)
+    run_local(parse({**keys, "run-dir": str(folder)}), show=None)
+    while (more := rounds_until(folder / "events.jsonl", job.until_s)) > 0:
+        before, folder = folder, home / str(int(folder.name) + 1)
+        every = max(1, (more - int(keys["num-rounds"])) // NUM_POINTS)
+        keys |= {"num-rounds": more, "evaluation.every": every, "evaluation.family-every": every}
+        run_local(parse({**keys, "run-dir": str(folder), "resume": str(before)}), show=None)
+        shutil.rmtree(before)
+    outcome = job.measure(folder / "events.jsonl")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / "clients", ignore_errors=True)
-    return job.name, ""
+    return outcome
 
 
 def rounds_within(log: Path, budget_s: float) -> Keys:

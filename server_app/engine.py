@@ -8,7 +8,6 @@ folder and ended with everything below it, and the outcome is what `flwr list` s
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from typing import IO
 
 from server_app import processes
 from server_app.bundle import copy_app
-from server_app.processes import adopt_orphans, die_with_parent, end_descendants, list_descendants, uninterrupted
+from server_app.processes import adopt_orphans, die_with_parent, end_descendants, hold, list_descendants, uninterrupted
 from server_app.stream import StreamFilter
 
 CONNECTION = "prunus"  # the SuperLink's name in the private Flower configuration
@@ -336,7 +335,7 @@ def _private_folder(state_dir: Path) -> Iterator[Path]:
                 shutil.rmtree((folder / "ray-dir").read_text(encoding="utf-8"), ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
     home = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=state_dir))
-    with _hold(home / "lock"):
+    with hold(home / "lock"):
         try:
             yield home
         finally:
@@ -344,19 +343,12 @@ def _private_folder(state_dir: Path) -> Iterator[Path]:
                 shutil.rmtree(home, ignore_errors=True)
 
 
-@contextmanager
-def _hold(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
 def _is_in_use(folder: Path) -> bool:
     """Whether a live process holds the folder's lock, or may be about to take it."""
     try:
         if time.time() - folder.stat().st_mtime < 60.0:
             return True
-        with _hold(folder / "lock"):
+        with hold(folder / "lock"):
             return False
     except OSError:
         return folder.exists()

@@ -9,6 +9,7 @@ stays connected, and `end_descendants` walks it until it is empty.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -90,6 +92,14 @@ def die_with_parent() -> Callable[[], None]:
             libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
     return set_death_signal
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Have a file to oneself, which goes with the process at the latest; raises `BlockingIOError` if another has it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def list_descendants(root_pid: int) -> list[int]:

@@ -17,6 +17,7 @@ from bench.adaptcl import METHODS, Case, Task
 from bench.hosts import wait_until
 from bench.runs import Job, keep, load, mean_and_spread, read, rounds_until, run_job
 from server_app.config import parse
+from server_app.processes import hold
 from tests.conftest import ROOT
 
 TINY: dict[str, Any] = {
@@ -83,6 +84,15 @@ def test_no_run_is_started_after_the_time_for_all_is_over(tmp_path):
     reason = run_job(Job("late", TINY, tmp_path, last_merge), time.monotonic() - 1)[1]
     assert reason == "the time for all runs is over"
     assert not (tmp_path / "late.json").exists()
+
+
+def test_a_run_that_another_process_carries_out_is_left_to_it(tmp_path):
+    job = Job("a", {"num-rounds": 1}, tmp_path, lambda log: {})
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "theirs").touch()
+    with hold(tmp_path / "runs" / "a.lock"):
+        assert run_job(job) == ("a", "another process is at it")
+    assert (tmp_path / "runs" / "a" / "theirs").exists()
 
 
 @pytest.mark.slow
