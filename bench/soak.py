@@ -51,7 +51,7 @@ class Injuries:
             "ServerApp killed": self._kill_server,
             "SuperLink killed": self._kill_superlink,
         }
-        kind = self.random.choices(list(kinds), weights=[6, 3, 3, 1, 1])[0]
+        kind = self.random.choices(list(kinds), weights=[14, 6, 6, 1, 1])[0]
         self.done[kind] += kinds[kind]()
 
     def thaw(self) -> None:
