@@ -1,11 +1,12 @@
-"""What a message costs a device besides training: with torch kept in memory, and with a process that imports it.
+"""What a message costs a device besides training, and what a device that only asks for work costs the SuperLink.
 
     python -m bench.message
     python -m bench.message --quick
 
 One SuperNode on loopback trains next to nothing. Of every message it is measured how long it took beyond training
 (``overhead_s`` of the event log: looking for work, starting the client, fetching and sending), what CPU the node's
-SuperExec and its clients used, and what the node keeps in memory when it has nothing to do.
+SuperExec and its clients used, and what the node keeps in memory when it has nothing to do; with torch kept in memory,
+and with a process that imports it. Then some SuperNodes do nothing but ask for work every half second, as by default.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ SETTINGS = (
     "evaluation.every=1000",
 )
 LIMIT_S = 1200.0
+POLL_S = 0.5
 
 
 def superexec_of(node: Process) -> int:
@@ -72,14 +75,31 @@ def measure(folder: Path, preload: str, num_rounds: int) -> dict[str, Any]:
     }
 
 
+def ask(folder: Path, num_nodes: int, seconds: float) -> dict[str, Any]:
+    """CPU of a SuperLink, with its database in a file, whose nodes only ask for work."""
+    with Federation(folder, num_nodes, poll_s=POLL_S) as federation:
+        assert federation.superlink is not None
+        pids = federation.superlink.family()
+        time.sleep(seconds / 2)  # what the start has left to do
+        before_s, began = sum(map(cpu_s, pids)), time.monotonic()
+        time.sleep(seconds)
+        ratio = (sum(map(cpu_s, pids)) - before_s) / (time.monotonic() - began)
+    return {"nodes": num_nodes, "poll_s": POLL_S, "superlink_cpu_ratio": ratio}
+
+
 def main() -> dict[str, Any]:
     """Run the benchmark."""
     chosen = options("message", __doc__).parse_args()
-    num_rounds = 4 if chosen.quick else 12
+    num_rounds, seconds, num_nodes = (4, 5.0, 2) if chosen.quick else (12, 30.0, 6)
     with tempfile.TemporaryDirectory(prefix="prunus-message-") as folder:
         rows = [measure(Path(folder) / preload, preload, num_rounds) for preload in ("no", "yes")]
+        asking = [ask(Path(folder) / f"idle-{number}", number, seconds) for number in (1, num_nodes)]
+    few, many = asking
+    node_ratio = (many["superlink_cpu_ratio"] - few["superlink_cpu_ratio"]) / (many["nodes"] - few["nodes"])
     print_table("a message's cost besides training, and what an idle node keeps in memory", rows)
-    return finish("message", chosen, {"rows": rows, "cpu_ratio": rows[1]["cpu_s"] / rows[0]["cpu_s"]})
+    print_table("the SuperLink's share of a core while its nodes only ask", asking)
+    costs = {"cpu_ratio": rows[1]["cpu_s"] / rows[0]["cpu_s"], "idle_node_cpu_ratio": node_ratio}
+    return finish("message", chosen, {"rows": rows, "asking": asking, **costs})
 
 
 if __name__ == "__main__":

@@ -139,6 +139,8 @@ def of_devices() -> list[dict[str, Any]]:
         what = "a message's CPU on a device besides training, torch kept in memory / imported for each"
         found = f"{message['results']['cpu_ratio']:.2f} ({yes['cpu_s']:.1f} of {no['cpu_s']:.1f} s)"
         rows.append({"what": what, "found": found})
+        what = "nodes that ask for work every half second and keep one core of a SuperLink (with database) busy"
+        rows.append({"what": what, "found": f"{1 / message['results']['idle_node_cpu_ratio']:.0f}"})
     if (testbed := load("testbed")) and (found := testbed["results"].get("verdict")):
         where = "four unequal hosts, real quotas and links: "
         slowest, fastest = found["slowest host / reference"], found["fastest host / reference"]
