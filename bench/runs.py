@@ -193,7 +193,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """``0.631 ± 0.012`` over seeds; who did not get there is None or infinite, and counted."""
+    """``0.631 ± 0.012`` over seeds; who did not get there is None or infinite, and counted; NaN: no such figure."""
+    values = [value for value in values if value is None or not math.isnan(value)]
+    if not values:
+        return ""
     reached = [value for value in values if value is not None and value != float("inf")]
     if len(reached) < len(values):
         return f"not reached ({len(values) - len(reached)} of {len(values)})"

@@ -141,6 +141,7 @@ def test_means_say_how_many_seeds_did_not_get_there():
     assert mean_and_spread([0.5, 0.7]) == "0.600 ± 0.141"
     assert mean_and_spread([0.25]) == "0.250"
     assert mean_and_spread([0.5, None, float("inf")]) == "not reached (2 of 3)"
+    assert mean_and_spread([float("nan"), float("nan")]) == ""
 
 
 @pytest.mark.parametrize("method", METHODS)
