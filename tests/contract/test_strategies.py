@@ -108,7 +108,7 @@ def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> PlainRuns:
     return PlainRuns(tmp_path_factory.mktemp("plain"))
 
 
-@every_strategy
+@every_strategy_slowly
 def test_it_runs_and_learns(name, tmp_path):
     num_rounds = merges_of(name, 10)
     rows = tiny_run(
@@ -122,7 +122,7 @@ def test_it_runs_and_learns(name, tmp_path):
     assert len(select(rows, "merge")) == num_rounds
 
 
-@every_strategy
+@every_strategy_slowly
 def test_the_full_model_for_everybody_makes_it_fedavg(name, plain_runs, tmp_path):
     if name not in EVERY_RATE_1:
         reason = "is another loop than FedAvg's" if name in LOOPS else "never gives everybody the full model"

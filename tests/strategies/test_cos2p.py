@@ -223,6 +223,7 @@ def test_without_rotation_what_nobody_holds_stays_as_it_was_bit_for_bit(tmp_path
 # --- budgets ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_budgets_give_each_device_what_fits(tmp_path):
     model, layout = get_model("tests.vits:small", 10, 1, 8, exits=True)
     cost = measure_costs(model, layout, torch.zeros(2, 1, 8, 8))
