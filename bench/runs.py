@@ -80,7 +80,7 @@ def carry_out(jobs: Iterable[Job], workers: int, deadline: float = math.inf) -> 
     began, done = time.monotonic(), 0
     # not multiprocessing.Pool: that one waits for ever for a worker that was killed
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing)), context, end_with_parent, (os.getpid(),)) as pool:
         running = {pool.submit(run_job, job, deadline): job.name for job in missing}
         for future in as_completed(running):
             done += 1
@@ -95,10 +95,10 @@ def carry_out(jobs: Iterable[Job], workers: int, deadline: float = math.inf) -> 
     return failed
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent_pid: int) -> None:
     """Let this process end with the one that started it: a benchmark that is killed must not work on unseen."""
     die_with_parent()()
-    if os.getppid() == 1:  # it had ended before
+    if os.getppid() != parent_pid:  # it had ended before
         raise SystemExit(1)
 
 

@@ -111,10 +111,13 @@ def run_once(connection: str, launch: Launch, app_dir: Path, patience_s: float) 
 
     A submission that fails is tried again for ``patience_s``.
     """
-    began = time.monotonic()
+    began, is_told = time.monotonic(), False
     while "run-id" not in (answer := _begin(connection, launch, app_dir)):
         if time.monotonic() - began >= patience_s:
             return "", str(answer["error-message"])
+        if not is_told:
+            print(f"it cannot be submitted yet, and is tried again for {patience_s:.0f} s", flush=True)
+            is_told = True
         time.sleep(POLL_S / 2)
     run_id = str(answer["run-id"])
     print(f"run {run_id} on {connection}", flush=True)
