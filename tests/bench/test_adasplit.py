@@ -26,6 +26,7 @@ def test_mixed_cifar_is_five_disjoint_pairs_of_classes(images):
     assert {len(part) for part in parts} == {60}
 
 
+@pytest.mark.slow
 def test_mixed_noniid_is_one_task_of_five_classes_from_each_of_five_data_sets(images):
     x, y, _, _ = mixed.mixed_noniid()
     assert x.shape == (300, 32, 32, 3)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import common, handmade
+from tests.marks import slow_but
 from zoo import get_model
 
 
@@ -26,7 +27,7 @@ def run(name, monkeypatch, capsys, *options):
     return text, returned
 
 
-@pytest.mark.parametrize("name", ["merge", "step", "engine", "decide", pytest.param("gates", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(("decide",), ("merge", "step", "engine", "decide", "gates")))
 def test_the_quick_version_prints_a_table_and_one_json_object_and_keeps_it_where_told(
     name, monkeypatch, capsys, tmp_path
 ):

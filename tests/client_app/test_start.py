@@ -56,11 +56,13 @@ def first_message() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_clients_first_message_loads_nothing_that_it_does_not_need(first_message):
     assert first_message["steps"] > 0
     assert [name for name in NEEDLESS if name in first_message["modules"]] == []
 
 
+@pytest.mark.slow
 def test_the_age_of_a_process_includes_what_it_imported(first_message):
     assert 0.5 < first_message["age_s"] < 120
 

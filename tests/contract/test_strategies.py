@@ -15,6 +15,7 @@ from pruning.extract import embed, extract
 from server_app.checkpoint import load_checkpoint
 from strategies import LOOPS, STRATEGIES
 from tests import faulty
+from tests.marks import slow_but
 from tests.runs import OWN, TINY, equal_states, final_state, read_rows, select, tiny_run, without_timings
 from wire.local import LocalTransport
 from wire.message import Failure, Instruction, Report
@@ -58,19 +59,12 @@ NOBODY_WHOLE: dict[str, dict[str, Any]] = {
 
 SEMI_ASYNC: dict[str, Any] = {"num-clients": 6, "num-rounds": 6, "loop.quorum": 5, "loop.max-staleness": 5}
 
-every_strategy = pytest.mark.parametrize("name", STRATEGIES)
-QUICK = ("fedavg", "adaptcl")
-every_strategy_slowly = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in STRATEGIES]
-)
+every_strategy = pytest.mark.parametrize("name", slow_but(("fedavg", "adaptcl"), STRATEGIES))
 """Promises that the loop keeps for all methods alike: the fast suite looks at two of them, the whole suite at all."""
 
 one_of_each_exchange = pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name == "fedavg" else pytest.mark.slow)
-        for name in ("fedavg", "scaffold", "fedbuff", "cos2p", "adasplit", "splitfed", "sl-basic")
-    ],
+    slow_but(("fedavg",), ("fedavg", "scaffold", "fedbuff", "cos2p", "adasplit", "splitfed", "sl-basic")),
 )
 """How an answer gets lost is the transport's matter; what a method makes of a lost one is seen where clients raise."""
 
@@ -108,7 +102,7 @@ def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> PlainRuns:
     return PlainRuns(tmp_path_factory.mktemp("plain"))
 
 
-@every_strategy_slowly
+@every_strategy
 def test_it_runs_and_learns(name, tmp_path):
     num_rounds = merges_of(name, 10)
     rows = tiny_run(
@@ -122,7 +116,7 @@ def test_it_runs_and_learns(name, tmp_path):
     assert len(select(rows, "merge")) == num_rounds
 
 
-@every_strategy_slowly
+@every_strategy
 def test_the_full_model_for_everybody_makes_it_fedavg(name, plain_runs, tmp_path):
     if name not in EVERY_RATE_1:
         reason = "is another loop than FedAvg's" if name in LOOPS else "never gives everybody the full model"
@@ -148,14 +142,14 @@ def pool() -> Iterator[LocalTransport]:
 
 
 @pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy_slowly
+@every_strategy
 def test_worker_processes_do_not_change_the_event_log(name, mode, plain_runs, pool, tmp_path):
     pool.num_clients = 4 if mode == "sync" else 6
     rows = tiny_run(tmp_path / "run", transport=pool, strategy=name, **settings_of(name, mode))
     assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
 
 
-@every_strategy_slowly
+@every_strategy
 def test_another_seed_gives_another_run(name, plain_runs, tmp_path):
     tiny_run(tmp_path / "run", strategy=name, num_rounds=1, seed=1)
     first = torch.load(plain_runs[name, "sync"][0] / "checkpoints" / "round-000001.pt", weights_only=True)["state"]
@@ -163,7 +157,7 @@ def test_another_seed_gives_another_run(name, plain_runs, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy_slowly
+@every_strategy
 def test_three_rounds_and_three_more_equal_six(name, mode, plain_runs, tmp_path):
     """Bit for bit, rows and model; the family is shown in rounds 3 and 6 by both, for a last round always shows it."""
     home, whole = plain_runs[name, mode]
@@ -174,7 +168,7 @@ def test_three_rounds_and_three_more_equal_six(name, mode, plain_runs, tmp_path)
     assert without_timings(resumed) == without_timings(whole)
 
 
-@every_strategy_slowly
+@every_strategy
 def test_entries_that_nobody_held_keep_their_value_bit_for_bit(name, tmp_path):
     if name in LOOPS:
         pytest.skip(f"{name} merges answers of earlier rounds, all of the full model")
@@ -206,14 +200,14 @@ def test_entries_that_nobody_held_keep_their_value_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", faulty.SPOILED)
-@every_strategy_slowly
+@every_strategy
 def test_a_spoiled_answer_is_turned_away_with_its_reason_and_the_run_goes_on(name, kind, tmp_path):
     rows = tiny_run(tmp_path / "run", faulty.Spoiler(kind), strategy=name, num_rounds=merges_of(name, 2))
     status, reason = faulty.SPOILED[kind]
     _assert_only_the_culprit_failed(rows, name, status, reason)
 
 
-@every_strategy_slowly
+@every_strategy
 def test_a_client_that_raises_is_reported_with_what_it_raised_and_where(name, tmp_path):
     rows = tiny_run(tmp_path / "run", faulty.raises, strategy=name, num_rounds=merges_of(name, 2))
     _assert_only_the_culprit_failed(rows, name, "failed", "RuntimeError: the battery is empty (faulty.py:")
@@ -255,7 +249,7 @@ class EchoingTransport(LocalTransport):
 
 
 @pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy_slowly
+@every_strategy
 def test_the_same_seed_gives_the_same_event_log_and_repeated_and_unknown_answers_change_nothing(
     name, mode, plain_runs, tmp_path
 ):
@@ -264,7 +258,7 @@ def test_the_same_seed_gives_the_same_event_log_and_repeated_and_unknown_answers
     assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
 
 
-@every_strategy_slowly
+@every_strategy
 def test_a_quorum_closes_every_round_at_its_kth_answer_in_virtual_time(name, plain_runs):
     """The event log against a simulation of its own: free clients start together, the k earliest answers are merged."""
     if name in LOOPS:

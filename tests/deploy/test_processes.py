@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,9 +15,10 @@ import pytest
 from bench.hosts import Federation, rows_of, wait_until
 from bench.message import cpu_s
 from server_app.checkpoint import load_checkpoint
+from strategies import STRATEGIES
 from tests.deploy.conftest import LIMIT_S, SMALL
 from tests.deploy.link import Link
-from tests.runs import select
+from tests.runs import OWN, select
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +26,15 @@ LONG = "train.local-epochs=600"
 """Seconds of training, for what has to happen in its midst."""
 
 ADAPTCL = ("strategy=adaptcl", "adaptcl.pruning-interval=1", "adaptcl.rates.min-timed-rounds=1")
+
+
+OVER_TLS: dict[str, tuple[str, ...]] = {
+    "fedavg": (),
+    "adaptcl": ADAPTCL,
+    "cos2p": ("model.name=resnet8", "data.max-train=120", "cos2p.quorum-ratio=1"),
+    "adasplit": ("adasplit.segments=1",),
+}
+"""A method of each exchange, and what it needs beyond ``SMALL``."""
 
 
 def finish(run, run_dir: Path) -> list[dict[str, Any]]:
@@ -72,6 +83,19 @@ def test_adaptcl_decides_rates_from_measured_times(plain, tmp_path):
     measured = {row["partition_id"]: row["update_time_s"] for row in select(rows, "arrival", server_round=1)}
     first = decisions[0]["update_times_s"]
     assert {int(pid): time_s for pid, time_s in first.items()} == pytest.approx(measured)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - OVER_TLS.keys()))
+def test_every_other_method_runs_there_too(strategy, plain, tmp_path):
+    run_dir = tmp_path / "run"
+    capable = {"only-capable.clients": "0,1"} if strategy == "only-capable" else {}  # nobody knows who is
+    settings = {**OWN.get(strategy, {}), **capable, "num-rounds": 2, "data.max-train": 80}
+    tokens = (f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in settings.items())
+    rows = finish(plain.submit(run_dir, f"strategy={strategy}", *SMALL, *tokens), run_dir)
+    assert len(select(rows, "merge")) == 2
+    assert not select(rows, "arrival", status="failed")
+    assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
 
 
 def fresh_clientapps(federation: Federation, name: str, run) -> list[int]:
@@ -208,15 +232,10 @@ def test_after_all_nodes_are_killed_others_with_their_partitions_take_over(tmp_p
 # --- with TLS and keys ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "adaptcl", "cos2p", "adasplit"])
+@pytest.mark.parametrize("strategy", OVER_TLS)
 def test_a_run_over_tls_with_authenticated_nodes(strategy, secure, tmp_path):
     run_dir = tmp_path / "run"
-    own = {
-        "adaptcl": ADAPTCL,
-        "cos2p": ("model.name=resnet8", "data.max-train=120", "cos2p.quorum-ratio=1"),
-        "adasplit": ("adasplit.segments=1",),
-    }
-    tokens = (f"strategy={strategy}", "num-rounds=2", *SMALL, *own.get(strategy, ()))
+    tokens = (f"strategy={strategy}", "num-rounds=2", *SMALL, *OVER_TLS[strategy])
     rows = finish(secure.submit(run_dir, *tokens), run_dir)
     assert len(select(rows, "merge")) == 2
     assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}

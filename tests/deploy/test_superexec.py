@@ -71,6 +71,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_fork_trains_with_the_torch_that_its_parent_has_imported():
     """In a process of its own, because torch refuses to train in forks of a process that has trained."""
     done = subprocess.run([sys.executable, "-c", TRAINING], cwd=ROOT, timeout=300, capture_output=True, check=False)

@@ -144,6 +144,7 @@ def test_a_slice_of_the_real_cifar_10_is_read_mapped_with_its_known_mean(cifar10
     np.testing.assert_allclose(data.std, (0.2470, 0.2435, 0.2616), atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mean", "std"), [("mnist", 0.1307, 0.3081), ("fashion-mnist", 0.2860, 0.3530)])
 def test_real_grey_sets_are_complete_and_have_their_known_mean_and_std(shared_data, name, mean, std):
     data = load_data(name, shared_data)

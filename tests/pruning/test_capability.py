@@ -90,6 +90,7 @@ def test_a_rate_outside_zero_to_one_is_refused(vit, rate):
         solve_rate(vit[0], rate)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(share=st.floats(0.2, 1.2), preset=st.sampled_from(["fit", "paper"]), learns=st.booleans())
 def test_what_is_solved_fits_and_a_step_more_would_not(vit, share, preset, learns):

@@ -21,6 +21,7 @@ from pruning.groups import Layout
 from pruning.prove import random_spec
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import FULL, SubModelSpec
+from tests.marks import slow_but
 from zoo import get_model, model_names
 
 BATCH = 2
@@ -48,7 +49,7 @@ def half(layout, cost):
     return select_prefix(layout, equal_widths(layout, cost, 0.5))
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", slow_but(("mlp", "cnn", "resnet8", "vit_tiny"), model_names()))
 @pytest.mark.parametrize("width", ["full", "half"])
 def test_every_zoo_model_costs_what_torchs_counter_and_its_own_tensors_say(name, width):
     model, layout, cost = on_meta(name)

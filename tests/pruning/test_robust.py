@@ -115,6 +115,7 @@ def oracle(values: list[float], centre: str, trim_ratio: float) -> float:
     return float(np.mean(ordered[cut : len(ordered) - cut]))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from(["median", "trimmed-mean"]), st.floats(0, 0.49))
 @settings(max_examples=10)
 def test_every_entry_of_a_real_model_is_the_centre_of_its_own_holders(seed, num_clients, centre, trim_ratio):

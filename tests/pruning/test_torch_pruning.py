@@ -44,7 +44,7 @@ def prune_with_torch_pruning(model, layout, spec, example):
         ("lenet", 16, {}),
         ("resnet8", 16, {}),
         ("resnet18", 16, {"width": 0.125}),
-        ("resnet50", 16, {"width": 0.0625}),
+        pytest.param("resnet50", 16, {"width": 0.0625}, marks=pytest.mark.slow),
         ("vgg11", 32, {"width": 0.125}),
     ],
 )

@@ -86,6 +86,7 @@ def test_runs_that_cannot_be_compared_are_refused_with_the_reason(make_run: Make
         compare([run, run], tmp_path, targets=[95])
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_reports_and_comparisons(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

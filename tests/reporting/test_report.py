@@ -102,6 +102,7 @@ def poison(value: Any) -> Any:
     return value
 
 
+@pytest.mark.slow
 def test_whatever_clients_report_is_escaped(make_run: MakeRun) -> None:
     rows = [json.loads(line) for line in (make_run("good", num_clients=3, num_rounds=4) / "events.jsonl").open()]
     for row in rows:
@@ -128,6 +129,7 @@ def test_whatever_clients_report_is_escaped(make_run: MakeRun) -> None:
     assert seen.open == []
 
 
+@pytest.mark.slow
 def test_beyond_forty_clients_pictures_show_a_part_and_say_so(make_run: MakeRun) -> None:
     log = read_events(make_run(num_clients=60, num_rounds=3))
     view = View(log)
@@ -141,6 +143,7 @@ def test_beyond_forty_clients_pictures_show_a_part_and_say_so(make_run: MakeRun)
     assert "percentile" in adaptation.note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [(), ("end",), ("arrival", "clients"), ("evaluation", "decision"), ("arrival", "merge")]
 )
@@ -150,11 +153,13 @@ def test_a_report_is_made_from_any_part_of_a_log(make_run: MakeRun, kinds: tuple
     assert Page(write_report(folder).read_text(encoding="utf-8")).open == []
 
 
+@pytest.mark.slow
 def test_the_same_log_gives_the_same_report_byte_for_byte(page: str, tmp_path: Path) -> None:
     again = write_report(write_run(tmp_path, make_rows())).read_text(encoding="utf-8")
     assert again == page
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_leaves_the_older_one_and_no_litter(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

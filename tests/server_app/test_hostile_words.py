@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
+
 from client_app.handler import handle
 from reporting.report import write_report
 from tests.runs import tiny_run
@@ -21,6 +23,7 @@ def hostile(instruction: Instruction) -> Report:
     return replace(report, metrics={**report.metrics, HOSTILE: 0.5, f"{HOSTILE}-2": 1e300})
 
 
+@pytest.mark.slow
 def test_words_of_clients_are_escaped_in_the_report(tmp_path):
     rows = tiny_run(tmp_path / "run", hostile, strategy="adaptcl")
     assert any(HOSTILE in str(row.get("reason", "")) for row in rows)

@@ -92,6 +92,7 @@ def test_a_run_can_go_on_from_any_checkpoint_that_was_kept(tmp_path):
     assert without_timings(resumed) == without_timings(read_rows(tmp_path / "first"))
 
 
+@pytest.mark.slow
 def test_compressed_clients_go_on_with_their_memories(tmp_path):
     settings = {"strategy": "fedavg", "compression.kind": "dgc", "evaluation.family-every": 3}
     tiny_run(tmp_path / "whole", num_rounds=6, **settings)

@@ -88,6 +88,7 @@ def test_the_order_is_frozen_at_the_first_decision(plain, tmp_path):
     assert len({decision["order_hash"] for decision in select(refreshed, "decision")}) == 3
 
 
+@pytest.mark.slow
 def test_nobody_is_pruned_among_equals(tmp_path):
     rows = tiny_run(tmp_path / "run", **ADAPTCL, fleet__name="uniform")
     assert all(set(decision["rates"].values()) == {1.0} for decision in select(rows, "decision"))
@@ -95,6 +96,7 @@ def test_nobody_is_pruned_among_equals(tmp_path):
     assert equal_states(final_state(tmp_path / "run"), final_state(tmp_path / "fedavg"))
 
 
+@pytest.mark.slow
 def test_growing_starts_everybody_at_the_floor_and_never_takes_longer_than_the_slowest(tmp_path):
     settings = {"adaptcl.rates.direction": "grow", "num-rounds": 12, "fleet.noise": 0.0}
     rows, sent = run_with_specs(tmp_path / "run", **settings)
@@ -163,6 +165,7 @@ def test_every_aggregation_is_the_rule_it_names(aggregation, tmp_path):
     assert len({instruction.spec for instruction, _ in replies}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scope", "importance"), [("bounded", "bn-scale"), ("global", "l1"), ("per-layer", "l2"), ("global", "bn-scale")]
 )
@@ -193,6 +196,7 @@ def test_round_to_keeps_widths_that_kernels_like(tmp_path):
     assert {s.width(layout, "hidden0") % 8 for specs in sent.values() for s in specs.values()} == {0}
 
 
+@pytest.mark.slow
 def test_a_client_that_pruning_cannot_help_is_named_in_one_warning(tmp_path):
     """Links so slow that the floor does not make up for them."""
     rows = tiny_run(
@@ -216,6 +220,7 @@ def test_the_family_has_a_member_for_every_rate_in_use(plain):
         assert member["retention_ratio"] == pytest.approx(float(member["name"]), abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"train.sparsity": 1e-3}, {"train.sparsity": 1e-4, "train.sparsity-norm": "group-lasso"}]
 )
@@ -228,6 +233,7 @@ def test_it_trains_under_sparsity(settings, tmp_path):
     assert select(plain_rows, "end")
 
 
+@pytest.mark.slow
 def test_dgc_cuts_the_bytes_sent_and_still_learns(plain, tmp_path):
     _, whole, _ = plain
     rows = tiny_run(

@@ -55,6 +55,7 @@ def test_nothing_comes_down_in_training_and_nothing_goes_up_in_the_local_phase(e
     assert all(row["upload_bytes"] > 0 for row in arrivals if row["server_round"] > 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -102,6 +103,7 @@ def test_frozen_uploads_cost_one_more_pass_and_fewest_requests(exact, tmp_path):
     assert select(rows, "evaluation")[-1]["accuracy"] > 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kappa", "eta", "local"), [(0.5, 1.0, 3), (0.5, 0.5, 3), (0.7, 0.5, 4)])
 def test_traffic_is_one_minus_kappa_times_eta_half_the_density_of_split_learnings(kappa, eta, local, tmp_path):
     """Equal shares of iid data; counted bytes, as the authors count."""
@@ -143,6 +145,7 @@ def test_averaged_halves_are_sent_counted_and_taken_over(tmp_path):
     assert set(seen[0]) == {"blocks.0.linear.weight", "blocks.0.linear.bias"}
 
 
+@pytest.mark.slow
 def test_a_handed_on_half_is_the_one_of_the_client_before_at_every_step(tmp_path):
     last: dict[str, torch.Tensor] = {}
     num_checked = 0
@@ -163,6 +166,7 @@ def test_a_handed_on_half_is_the_one_of_the_client_before_at_every_step(tmp_path
     assert num_checked > 10
 
 
+@pytest.mark.slow
 def test_a_servers_gradient_that_is_switched_on_comes_down_and_changes_what_clients_learn(exact, tmp_path):
     rows = adasplit(tmp_path, adasplit__server_gradient=True, adasplit__exchange="exact")
     assert all(row["download_bytes"] > 0 for row in select(rows, "arrival", server_round=5))
@@ -175,6 +179,7 @@ def test_clients_that_may_not_train_keep_their_random_half(tmp_path):
     assert {row.get("loss") for row in select(rows, "arrival")} == {None}
 
 
+@pytest.mark.slow
 def test_clients_without_some_classes_take_part(tmp_path):
     rows = adasplit(tmp_path, data__partition="pathological:2", num_clients=5, evaluation__own_classes=True)
     assert {row["status"] for row in select(rows, "arrival")} == {"merged"}
@@ -202,6 +207,7 @@ class ServerKilledError(BaseException):
     """Stands for SIGKILL: nothing of the server's runs on."""
 
 
+@pytest.mark.slow
 def test_clients_finish_the_local_phase_when_the_server_dies_and_do_not_repeat_it(exact, tmp_path):
     def kill_then(instruction: Instruction) -> Report:
         handle(instruction)  # the client works on; its answer finds nobody
@@ -219,6 +225,7 @@ def test_clients_finish_the_local_phase_when_the_server_dies_and_do_not_repeat_i
     assert equal_states(final_state(tmp_path / "second"), final_state(exact[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", [True, False])
 def test_a_run_killed_in_the_global_phase_goes_on_with_masks_optimisers_bandit_and_waiting_uploads(pipeline, tmp_path):
     settings = {"adasplit__eta": 0.4, "adasplit__segments": 3, "num_rounds": 6, "adasplit__pipeline": pipeline}

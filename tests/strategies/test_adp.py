@@ -13,6 +13,7 @@ from client_app.handler import handle
 from pruning.extract import embed
 from pruning.gates import BITMAP, PREFIX, SALIENCE
 from strategies.adp import ADPConfig
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
 from wire.message import Instruction, Report
@@ -81,6 +82,7 @@ def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_valu
     assert num_kept, "every unit was sent by somebody: the test shows nothing"
 
 
+@pytest.mark.slow
 def test_salient_uploads_are_smaller_and_the_bitmap_and_salience_are_counted(tmp_path):
     rows = tiny_run(tmp_path / "salient", **ADP)
     everything = tiny_run(tmp_path / "all", **{**ADP, "adp.upload": "all"})
@@ -89,7 +91,7 @@ def test_salient_uploads_are_smaller_and_the_bitmap_and_salience_are_counted(tmp
     assert bytes_of[1] - bytes_of[0] == removed - 25  # the bitmap
 
 
-@pytest.mark.parametrize("spoil", ["bitmap", "narrowed", "no bitmap", "salience"])
+@pytest.mark.parametrize("spoil", slow_but(("bitmap",), ("bitmap", "narrowed", "no bitmap", "salience")))
 def test_an_upload_whose_bitmap_and_tensors_disagree_is_turned_away_with_the_reason(spoil, tmp_path):
     def change(instruction: Instruction, report: Report) -> Report:
         if instruction.action != "train" or (instruction.server_round, instruction.partition_id) != (2, 1):
@@ -133,7 +135,7 @@ def test_a_clients_sub_model_is_what_was_most_salient_to_it_and_travels_both_way
     assert len({instruction.spec for instruction, _ in spy.of(2)}) > 1
 
 
-@pytest.mark.parametrize("base", ["fedavg", "fedprox", "scaffold", "fednova"])
+@pytest.mark.parametrize("base", slow_but(("fedavg",), ("fedavg", "fedprox", "scaffold", "fednova")))
 def test_every_base_learns_and_sends_what_it_needs(base, tmp_path):
     spy = Spy()
     rows = tiny_run(tmp_path / "run", spy, **{**ADP, "adp.base": base, "num-rounds": 6})
@@ -145,6 +147,7 @@ def test_every_base_learns_and_sends_what_it_needs(base, tmp_path):
     assert max(row["accuracy"] for row in select(rows, "evaluation")) > 0.7
 
 
+@pytest.mark.slow
 def test_with_mu_0_fedprox_is_fedavg_and_with_equal_steps_fednova_is(tmp_path):
     states = []
     for name, keys in (("a", {}), ("b", {"adp.base": "fedprox", "adp.mu": 0.0}), ("c", {"adp.base": "fednova"})):
@@ -163,6 +166,7 @@ def test_compact_and_masked_training_are_the_same_run(tmp_path):
         torch.testing.assert_close(tensor, states[1][key], rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.slow
 def test_personal_gates_are_never_sent_and_go_on_after_a_resume(tmp_path):
     spy = Spy()
     keys = {**ADP, "adp.gates": "personal", "evaluation.where": "federated", "num-rounds": 4}

@@ -111,6 +111,7 @@ def test_with_everybody_whole_uniform_weights_and_all_waited_for_it_is_fedavg(tm
 # --- masks over rounds -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_masks_are_learned_at_the_first_two_receptions_then_fixed_and_never_at_rate_1(tmp_path):
     spy = Spy()
     tiny_run(tmp_path / "run", spy, num_rounds=3, **VIT)
@@ -127,6 +128,7 @@ def test_masks_are_learned_at_the_first_two_receptions_then_fixed_and_never_at_r
     assert {pid: len(spec.units["block0.mlp"]) for pid, (_, spec) in learned.items()} == {1: 96, 2: 64, 3: 32}
 
 
+@pytest.mark.slow
 def test_distillation_begins_at_its_round(tmp_path):
     spy = Spy()
     tiny_run(tmp_path / "run", spy, num_rounds=3, **VIT, cos2p__kd_start=3)
@@ -151,6 +153,7 @@ def test_random_masks_are_the_clients_own_of_the_right_size_and_stay(tmp_path):
     assert all(len(specs[pid, 1].units["block1.mlp"]) == 64 for pid in range(1, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "semi-async"])
 def test_a_run_resumed_in_the_middle_of_the_mask_phase_goes_on_as_if_nothing_had_happened(mode, tmp_path):
     settings = {**VIT, **(SEMI if mode == "semi-async" else {}), "evaluation.where": "both"}
@@ -195,6 +198,7 @@ def test_nobody_able_to_hold_the_full_depth_is_refused_with_the_remedy(tmp_path)
         tiny_run(tmp_path / "run", **VIT, cos2p__budgets="0.5,0.25")
 
 
+@pytest.mark.slow
 def test_rotation_covers_every_block_and_unit_where_nobody_holds_them(tmp_path):
     spy = Spy()
     settings = {"cos2p.rotate-coverage": True, "cos2p.budgets": "0.5", "cos2p.masks": "first"}
@@ -240,6 +244,7 @@ def test_memory_budgets_give_each_device_what_fits(tmp_path):
             assert held != FULL
 
 
+@pytest.mark.slow
 def test_a_budget_too_small_for_one_block_names_the_client_and_what_it_takes(tmp_path):
     with pytest.raises(ConfigError, match=r"client 2: capability: 0\.0 MiB are too small for the first 1 of 4 blocks"):
         tiny_run(tmp_path / "run", **VIT, cos2p__budgets="1GB,1KB", cos2p__solver="fit")
@@ -305,6 +310,7 @@ def test_a_late_answer_counts_less_the_further_the_model_has_moved(tmp_path):
     assert num_stale
 
 
+@pytest.mark.slow
 def test_with_a_straggler_the_quorum_keeps_clients_busier_than_waiting_for_all(tmp_path):
     from reporting.log import read_events
     from reporting.summary import summarise

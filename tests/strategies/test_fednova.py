@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from client_app.handler import handle
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, select, tiny_run
 from tests.strategies.quadratic import Parabola, bottom_of_the_mean, converged
 from wire.flat import ConfigError
@@ -62,7 +63,7 @@ def test_a_round_is_the_papers_equation_and_buffers_are_averaged(momentum, mu, t
         assert key not in parameters or not torch.allclose(normal, plain, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", slow_but(("mlp",), ("mlp", "cnn")))
 def test_equal_steps_make_it_fedavg_and_fedprox_to_the_bit(model, tmp_path):
     """Twelve and eleven examples are one step of 16 each: unequal weights, equal steps."""
     settings: dict[str, Any] = {"num-clients": 3, "num-rounds": 3, "data.max-train": 43, "model.name": model}

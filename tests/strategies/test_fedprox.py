@@ -9,6 +9,7 @@ import pytest
 from client_app.handler import handle
 from strategies.fedprox import FedProxConfig
 from strategies.levels import ProximalConfig
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, select, tiny_run
 from tests.strategies.quadratic import Parabola, bottom_of_the_mean, converged
 from wire.flat import ConfigError
@@ -17,7 +18,7 @@ from wire.message import Instruction, Report
 DRIFTING = [Parabola(1.0, 0.0, 5), Parabola(4.0, 1.0, 5)]
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", slow_but(("mlp",), ("mlp", "cnn")))
 def test_without_a_leash_on_levels_it_is_heterofl_to_the_bit(model, tmp_path):
     levels = {"num_clients": 6, "num_rounds": 2, "model.name": model, "data.partition": "dirichlet:0.5"}
     tiny_run(tmp_path / "a", strategy="fedprox", **levels, fedprox__mu=0.0, fedprox__rates="1,0.5,0.25")

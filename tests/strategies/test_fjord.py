@@ -28,6 +28,7 @@ THREE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distils", [True, False])
 def test_one_width_makes_it_fedavg_bit_for_bit(distils, tmp_path):
     settings = {"model.name": "resnet8", "model.width": 0.25, "num-rounds": 2, "data.max-train": 100}

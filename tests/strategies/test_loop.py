@@ -9,6 +9,7 @@ import pytest
 from server_app.config import parse
 from strategies import LOOPS, STRATEGIES
 from strategies.loop import LoopConfig, in_force
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, select, tiny_run, without_timings
 from tests.strategies.scalar import World
 from wire.flat import ConfigError
@@ -180,7 +181,7 @@ def _combined(tmp_path, strategy, preset, **settings):
     )
 
 
-@pytest.mark.parametrize("preset", LOOPS)
+@pytest.mark.parametrize("preset", slow_but(("semi-async",), LOOPS))
 def test_every_rule_goes_with_learned_rates(preset, tmp_path):
     rows = _combined(tmp_path, "adaptcl", preset, num_rounds=16)
     assert select(rows, "end")[0]["status"] == "completed"

@@ -63,14 +63,8 @@ def accuracy(folder, attack: str, claims: int = 10, **settings) -> float:
     return select(rows, "evaluation", where="central")[-1]["accuracy"]
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        pytest.param("scaled", marks=pytest.mark.slow),
-        "sign-flipped",
-        pytest.param("label-flipped", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["scaled", "sign-flipped", "label-flipped"])
 def test_two_attackers_of_eight_ruin_the_mean_and_not_the_robust_merges(attack, tmp_path):
     alone = accuracy(tmp_path / "honest", "", strategy="fedavg")
     assert accuracy(tmp_path / "mean", attack, strategy="fedavg") < alone - 0.2

@@ -16,6 +16,7 @@ from client_app.handler import handle
 from client_app.store import ClientStore
 from pruning.extract import embed, extract
 from server_app.checkpoint import load_checkpoint
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, select, tiny_run
 from tests.strategies.quadratic import Parabola, bottom_of_the_mean, converged
 from wire.flat import ConfigError
@@ -54,7 +55,7 @@ def whole(key: str) -> Tensor:
 KEYS = [name for name, _ in get_model("mlp", 10, 1, 8)[0].named_parameters()]
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", slow_but(("mlp",), ("mlp", "cnn")))
 def test_the_first_round_is_fedavgs_to_the_bit(model, tmp_path):
     settings = {**UNEQUAL, "model.name": model, "num-rounds": 1}
     tiny_run(tmp_path / "a", strategy="scaffold", **settings)

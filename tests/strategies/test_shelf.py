@@ -54,6 +54,7 @@ def test_a_shelf_without_a_folder_takes_its_own_along(everything_is_large):
     del kept
 
 
+@pytest.mark.slow
 def test_a_run_with_shelved_answers_is_the_run_without_them_and_can_be_resumed(tmp_path, monkeypatch):
     plain = tiny_run(tmp_path / "plain", num_rounds=6, **SEMI)
     monkeypatch.setattr(shelf, "SHELVE_BYTES", 1)

@@ -57,6 +57,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter_and_says_where_how_much_i
     assert list(small_disk.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_run_that_fills_its_disk_says_so_and_goes_on_from_its_last_checkpoint_elsewhere(small_disk, tmp_path):
     settings = {"strategy": "fedavg", "num_rounds": 8, "model__name": "cnn"}
     with pytest.raises(OSError, match="No space left"):

@@ -25,6 +25,9 @@ SMALL: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Image size and options of every family of CNNs, and of the MLP."""
 
+QUICK = ("mlp", "cnn", "resnet8", "vgg11")
+"""What the fast suite takes of them."""
+
 MakeGated = Callable[..., tuple[nn.Module, Layout]]
 
 

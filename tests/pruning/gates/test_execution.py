@@ -15,11 +15,12 @@ from pruning.cost import measure_costs
 from pruning.extract import extract, resize, shapes_of
 from pruning.gates import FLOOR, GateError, executed_ratios, gates_of, key_of, num_winners, select_winners
 from pruning.spec import FULL
-from tests.pruning.gates.conftest import SMALL, images_for
+from tests.marks import slow_but
+from tests.pruning.gates.conftest import QUICK, SMALL, images_for
 from zoo import get_model
 
 SHARES = ["sample", "group", "batch"]
-every_model = pytest.mark.parametrize("name", SMALL)
+every_model = pytest.mark.parametrize("name", slow_but(QUICK, SMALL))
 every_share = pytest.mark.parametrize("share", SHARES)
 
 

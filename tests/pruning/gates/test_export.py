@@ -10,8 +10,9 @@ from torch import nn
 
 from pruning.gates import GateError, export, fold_norms, for_inference, gates_of
 from pruning.gates.layers import Wiring
+from tests.marks import slow_but
 from tests.pruning.conftest import states_equal
-from tests.pruning.gates.conftest import SMALL, images_for
+from tests.pruning.gates.conftest import QUICK, SMALL, images_for
 from zoo import get_model
 
 
@@ -20,7 +21,7 @@ def shape_of(name: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("share", ["sample", "group", "batch"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_but(QUICK, SMALL))
 def test_it_answers_as_the_masked_model_does(name, share, make_gated):
     model, _ = make_gated(name)
     before = copy.deepcopy(model.state_dict())
