@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compat.convolution import protect_convolutions
 from pruning.gates import GateError, attach
 from pruning.groups import Layout
 from pruning.prove import prove
@@ -100,6 +101,11 @@ def get_model(
             return attach(model, layout, (in_channels, image_size, image_size))
         except GateError as error:
             raise ModelError(f"model {name!r}: {error}") from error
+    model, layout = _with_layout(name, sizes, options)
+    return protect_convolutions(model), layout
+
+
+def _with_layout(name: str, sizes: Mapping[str, int], options: Mapping[str, Any]) -> tuple[nn.Module, Layout]:
     if name in ZOO:
         _check_options(name, ZOO[name], options)
         try:
