@@ -5,7 +5,11 @@ many times what a small model takes to train, and most where the device is slow.
 client is a copy of that process: still one of its own, for one message, with the app's code from the bundle that Flower
 delivers. The price is that the modules stay in memory between messages (about 250 MB, shared with the clients);
 PRUNUS_PRELOAD=no does without. The module's own ``subprocess`` is replaced by one that forks where it would start
-``flwr-clientapp``; nothing else is touched. Needs the Flower that Prunus pins.
+``flwr-clientapp``.
+
+A SuperNode has one message at a time. While a client works on it there is nothing to ask for, and asking several times
+a second is felt where the device has a fifth of a core. So the module's own ``time`` is replaced by one that rests
+until the client has ended. Nothing else is touched. Needs the Flower that Prunus pins.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +30,8 @@ from typing import Any, NoReturn
 CLIENT = "flwr-clientapp"
 MODULES = ("numpy", "torch")
 """What every client imports beside Flower. Nothing of the app: it comes with a run."""
+REST_S = 10.0
+"""Not to ask for longer would be to trust too much in one message at a time."""
 
 
 class Forking:
@@ -58,6 +65,12 @@ class Forking:
         self._children.add(pid)
         return pid
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a fork lives."""
+        self._reap()
+        return bool(self._children)
+
     def _reap(self) -> None:
         for pid in list(self._children):
             with suppress(ChildProcessError):
@@ -88,10 +101,28 @@ class Forking:
             os._exit(code & 0xFF)
 
 
+class Rests:
+    """The module ``time`` whose sleeps go on for as long as a client works, but not beyond ``REST_S``."""
+
+    def __init__(self, forking: Forking) -> None:
+        self._forking = forking
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep; looking after one's own child costs nothing."""
+        until = time.monotonic() + REST_S
+        time.sleep(seconds)
+        while self._forking.is_at_work and time.monotonic() < until:
+            time.sleep(seconds)
+
+
 def main() -> None:
     """Run the SuperExec."""
     from flwr.supercore.cli.flower_superexec import flower_superexec
     from flwr.supercore.exit import exit_handler
+    from flwr.supercore.superexec import run_superexec as loop
     from flwr.supercore.superexec.executor import subprocess_executor
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
@@ -103,7 +134,9 @@ def main() -> None:
         importlib.import_module(name)
     warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
     sys.dont_write_bytecode = False  # a client compiles the app's modules for the next
-    subprocess_executor.subprocess = Forking(CLIENT, client)  # type: ignore[assignment]
+    forking = Forking(CLIENT, client)
+    subprocess_executor.subprocess = forking  # type: ignore[assignment]
+    loop.time = Rests(forking)  # type: ignore[assignment]
     flower_superexec()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.hosts import ROOT
-from deploy.superexec import Forking
+from deploy.superexec import REST_S, Forking, Rests
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -58,7 +58,7 @@ def test_a_fork_is_ended_by_a_signal_that_its_parent_handles():
 TRAINING = """
 import sys
 import torch
-from deploy.superexec import Forking
+from deploy.superexec import REST_S, Forking, Rests
 import os
 
 def command():
@@ -95,3 +95,40 @@ def test_ended_forks_are_no_zombies_once_the_next_is_started():
     with pytest.raises(ChildProcessError):
         os.waitpid(first, os.WNOHANG)
     wait(forking, second)
+
+
+class Watch:
+    """A clock that only sleeping moves, and a client that works until some time."""
+
+    def __init__(self, ends_s: float) -> None:
+        self.now_s, self.ends_s = 0.0, ends_s
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @property
+    def is_at_work(self) -> bool:
+        return self.now_s < self.ends_s
+
+
+@pytest.mark.parametrize(("ends_s", "expected_s"), [(0.0, 0.5), (3.2, 3.5), (1000.0, REST_S)])
+def test_nothing_is_asked_for_while_a_client_works_but_not_for_ever(ends_s, expected_s, monkeypatch):
+    watch = Watch(ends_s)
+    monkeypatch.setattr("deploy.superexec.time", watch)
+    Rests(watch).sleep(0.5)  # type: ignore[arg-type]
+    assert watch.now_s == pytest.approx(expected_s)
+
+
+def test_a_fork_is_at_work_until_it_ends():
+    reader, writer = os.pipe()
+    forking = Forking("client", lambda: os.read(reader, 1) and None)
+    pid = forking.Popen(["client"])
+    assert forking.is_at_work
+    os.write(writer, b".")
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # type: ignore[arg-type]
+    assert not forking.is_at_work
+    os.close(reader)
+    os.close(writer)
