@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,26 +73,39 @@ def carry_out(jobs: Iterable[Job], workers: int, deadline: float = math.inf) -> 
     dict
         Name of each run that failed -> the reason; the others are kept, and it is tried again next time.
     """
-    missing = [job for job in jobs if not job.path.exists()]
+    waiting = [job for job in jobs if not job.path.exists()]
     failed: dict[str, str] = {}
-    if not missing:
-        return failed
-    began, done = time.monotonic(), 0
+    began, done, num_jobs = time.monotonic(), 0, len(waiting)
+
+    def note(name: str, reason: str) -> None:
+        nonlocal done
+        done += 1
+        failed.update({name: reason} if reason else {})
+        left_s = (time.monotonic() - began) / done * (num_jobs - done)
+        said = f" FAILED: {reason}" if reason else ""
+        print(f"[{done}/{num_jobs}] {name}; about {left_s / 60:.0f} min left{said}", flush=True)
+
+    while waiting:
+        waiting = _until_one_dies(waiting, min(workers, len(waiting)), deadline, note)
+    return failed
+
+
+def _until_one_dies(jobs: list[Job], workers: int, deadline: float, note: Callable[[str, str], None]) -> list[Job]:
+    """Run jobs in processes of which none comes back when one has died; returns those that had not begun by then."""
     # not multiprocessing.Pool: that one waits for ever for a worker that was killed
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing)), context, end_with_parent, (os.getpid(),)) as pool:
-        running = {pool.submit(run_job, job, deadline): job.name for job in missing}
+    finished = set[str]()
+    with ProcessPoolExecutor(workers, context, end_with_parent, (os.getpid(),)) as pool:
+        running = [pool.submit(run_job, job, deadline) for job in jobs]
         for future in as_completed(running):
-            done += 1
-            try:
+            with suppress(BrokenProcessPool):
                 name, reason = future.result()
-            except BrokenProcessPool:
-                name, reason = running[future], "a worker process died, and the others with it; run this again"
-            failed |= {name: reason} if reason else {}
-            left_s = (time.monotonic() - began) / done * (len(missing) - done)
-            note = f" FAILED: {reason}" if reason else ""
-            print(f"[{done}/{len(missing)}] {name}; about {left_s / 60:.0f} min left{note}", flush=True)
-    return failed
+                finished.add(name)
+                note(name, reason)
+    lost = [job for job in jobs if job.name not in finished]
+    for job in lost[:workers]:  # they are begun in this order
+        note(job.name, "its process died, or another's at the same time; run this again")
+    return lost[workers:]
 
 
 def end_with_parent(parent_pid: int) -> None:
