@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from bench.adaptcl import METHODS, Case, Task
 from bench.hosts import wait_until
-from bench.runs import Job, keep, load, mean_and_spread, read, rounds_until, run_job
+from bench.runs import Job, carry_out, keep, load, mean_and_spread, read, rounds_until, run_job
 from server_app.config import parse
 from server_app.processes import hold
 from tests.conftest import ROOT
@@ -93,6 +94,23 @@ def test_a_run_that_another_process_carries_out_is_left_to_it(tmp_path):
     with hold(tmp_path / "runs" / "a.lock"):
         assert run_job(job) == ("a", "another process is at it")
     assert (tmp_path / "runs" / "a" / "theirs").exists()
+
+
+def dying(log: Path) -> dict[str, Any]:
+    """What a fault in a library does."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return {}
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_dies_costs_itself_and_no_other(tmp_path, capsys):
+    measures = {"first": last_merge, "dies": dying, "after": last_merge, "last": last_merge}
+    jobs = [Job(name, TINY, tmp_path, measure) for name, measure in measures.items()]
+    failed = carry_out(jobs, workers=1)
+    assert list(failed) == ["dies"]
+    assert "died" in failed["dies"]
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"first", "after", "last"}
+    assert "[4/4]" in capsys.readouterr().out
 
 
 @pytest.mark.slow
