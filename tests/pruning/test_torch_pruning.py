@@ -29,10 +29,11 @@ def prune_with_torch_pruning(model, layout, spec, example):
             a for a in group.axes if a.dim == 0 and a.key.endswith("weight") and model.state_dict()[a.key].dim() > 1
         )
         module = pruned.get_submodule(axis.key.removesuffix(".weight"))
-        prune = {nn.Conv2d: torch_pruning.prune_conv_out_channels, nn.Linear: torch_pruning.prune_linear_out_channels}
+        is_linear = isinstance(module, nn.Linear)
+        prune = torch_pruning.prune_linear_out_channels if is_linear else torch_pruning.prune_conv_out_channels
         # The graph is traced anew: indices refer to what the module is by now, and groups do not share units.
         graph = torch_pruning.DependencyGraph().build_dependency(pruned, example_inputs=example)
-        graph.get_pruning_group(module, prune[type(module)], removed).prune()
+        graph.get_pruning_group(module, prune, removed).prune()
     return pruned
 
 
