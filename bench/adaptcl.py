@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, num_cores, print_table
+from bench.common import finish, num_cores, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, read
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = [summarise(task, sigma, options) for task, sigma in dict.fromkeys((c.task, c.sigma) for c in cases)]
     for table in tables:
         print_table(f"{table['task']}, slowest/fastest = {table['sigma']:g}, {table['seeds']} seeds", table["rows"])
-    finish("adaptcl", options, {"tables": tables}, seeds=range(options.seeds))
+    finish("adaptcl", options, {"tables": tables}, seeds=seeds_of(options))
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
@@ -150,7 +150,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
         Case(task, sigma, seed, method)
         for task in tasks
         for sigma in sigmas
-        for seed in range(options.seeds)
+        for seed in seeds_of(options)
         for method in methods
     ]
 
@@ -231,7 +231,7 @@ def summarise(task: str, sigma: float, options: argparse.Namespace) -> dict[str,
     rows = []
     for method in methods:
         columns: dict[str, list[float]] = {}
-        for seed in range(options.seeds):
+        for seed in seeds_of(options):
             cases = {m: Case(task, sigma, seed, m) for m in (method, "fedavg", "adaptcl")}
             if not all(case.path(options.store).exists() for case in cases.values()):
                 continue

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, num_cores, print_table
+from bench.common import finish, num_cores, print_table, seeds_of
 from bench.common import options as common_options
 from bench.mixed import has_data
 from bench.runs import STORES, Job, Keys, carry_out, load
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tables = [table for name in chosen.benchmark for table in tables_of(name, chosen, deadline)]
     for table in tables:
         print_table(table["title"], table["rows"])
-    return finish("adasplit", chosen, {"tables": tables, "budget_hours": chosen.hours}, seeds=range(chosen.seeds))
+    return finish("adasplit", chosen, {"tables": tables, "budget_hours": chosen.hours}, seeds=seeds_of(chosen))
 
 
 def tables_of(benchmark: str, chosen: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
@@ -141,12 +141,12 @@ def tables_of(benchmark: str, chosen: argparse.Namespace, deadline: float) -> li
     rates = tuned(benchmark, chosen, deadline)
     made = []
     if "compare" in chosen.part:
-        cases = [Case(benchmark, m, "", seed, rates[m], budget) for m in METHODS for seed in range(chosen.seeds)]
+        cases = [Case(benchmark, m, "", seed, rates[m], budget) for m in METHODS for seed in seeds_of(chosen)]
         run_missing(cases, chosen, deadline)
         made.append({"title": f"{benchmark}: methods", "rows": rows_of(benchmark, cases, chosen)})
     rate = rates["adasplit"]
     if "ablations" in chosen.part and benchmark == "mixed-cifar":
-        variants, seeds = ("", *ABLATIONS), range(chosen.seeds)
+        variants, seeds = ("", *ABLATIONS), seeds_of(chosen)
         cases = [Case(benchmark, "adasplit", v, seed, rate, budget) for v in variants for seed in seeds]
         run_missing(cases, chosen, deadline)
         made.append({"title": f"{benchmark}: ablations of AdaSplit", "rows": rows_of(benchmark, cases, chosen)})

@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, num_cores, print_table
+from bench.common import finish, num_cores, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import STORES, Job, Keys, Task, carry_out, has_cifar, load, mean_and_spread, read
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         print(f"no CIFAR-10 in {options.data_dir}: give --data-dir with cifar10.npz or torchvision's files, or --quick")
         return None
     names = variants(options)
-    cases = [(base, part, seed) for base in options.base for part in options.partition for seed in range(options.seeds)]
+    cases = [(base, part, seed) for base in options.base for part in options.partition for seed in seeds_of(options)]
     jobs = [job_of(task, *case, name, options) for case in cases for name in names]
     failed = carry_out(jobs, options.workers)
     for name, reason in failed.items():
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
                 print_table(f"{task.name} · {base} · {partition} · {options.rounds} rounds", rows)
     claims = judge(tables)
     print_table("claims beside what was found", claims)
-    return finish("adp", options, {"tables": tables, "claims": claims}, seeds=range(options.seeds))
+    return finish("adp", options, {"tables": tables, "claims": claims}, seeds=seeds_of(options))
 
 
 def task_of(options: argparse.Namespace) -> Task:
@@ -207,7 +207,7 @@ def kept_runs(
     """Variant -> seed -> outcome, of the runs that there are."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in names:
-        for seed in range(options.seeds):
+        for seed in seeds_of(options):
             path = job_of(task, base, partition, seed, name, options).path
             if path.exists():
                 found.setdefault(name, {})[seed] = load(path)

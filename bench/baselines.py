@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, num_cores, print_table
+from bench.common import finish, num_cores, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import NUM_POINTS, STORES, Job, Keys, Task, carry_out, has_cifar, load, mean_and_spread, read
 from reporting.log import read_events
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     num_rounds, num_images = options.rounds or task.num_rounds, options.images or task.num_images
     task = Task(task.name, {**task.keys, "data.dir": options.data_dir}, num_rounds, num_images)
     methods = list(dict.fromkeys([FIRST, *(options.method or METHODS)]))
-    seeds = range(options.seeds)
+    seeds = seeds_of(options)
     failed = carry_out([job_of(task, FIRST, seed, options.store) for seed in seeds], options.workers)
     others = []
     for seed in seeds:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, in_fresh_process, num_cores, peak_bytes, print_table
+from bench.common import finish, in_fresh_process, num_cores, peak_bytes, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import FOLDERS, STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, read
 
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tasks = tasks_there(options)
     methods = options.method or list(METHODS)
     jobs = [
-        job_of(task, seed, method, options) for task in tasks for seed in range(options.seeds) for method in methods
+        job_of(task, seed, method, options) for task in tasks for seed in seeds_of(options) for method in methods
     ]
     failed = carry_out(jobs, options.workers)
     for name, reason in failed.items():
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for table in tables:
         print_table(f"{table['task']}: {table['budget_s']:g} virtual seconds, {table['seeds']} seeds", table["rows"])
         print_table(f"{table['task']}: the abstract's claims beside what was found", table["claims"])
-    return finish("cos2p", options, {"memory": memory, "tables": tables}, seeds=range(options.seeds))
+    return finish("cos2p", options, {"memory": memory, "tables": tables}, seeds=seeds_of(options))
 
 
 def tasks_there(options: argparse.Namespace) -> list[str]:
@@ -192,7 +192,7 @@ def summarise(task: str, options: argparse.Namespace) -> dict[str, Any]:
     budget_s = budget_of(task, options)
     runs: dict[str, list[dict[str, Any]]] = {}
     for method in METHODS:
-        paths = [job_of(task, seed, method, options).path for seed in range(options.seeds)]
+        paths = [job_of(task, seed, method, options).path for seed in seeds_of(options)]
         if found := [load(path) for path in paths if path.exists()]:
             runs[method] = found
     rows = []
