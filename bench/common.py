@@ -30,7 +30,7 @@ def options(name: str, text: str | None) -> argparse.ArgumentParser:
     summary = (text or "").strip().splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=summary)
     parser.add_argument("--quick", action="store_true", help="a small version in seconds; its figures mean little")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random, or the first of --seeds (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random; the first of --seeds (default 0)")
     parser.add_argument("--out", type=Path, help=f"where the result goes (default bench/results/{name}.json)")
     return parser
 

@@ -101,9 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         options.store = options.store.with_name("cos2p-quick")
     tasks = tasks_there(options)
     methods = options.method or list(METHODS)
-    jobs = [
-        job_of(task, seed, method, options) for task in tasks for seed in seeds_of(options) for method in methods
-    ]
+    jobs = [job_of(task, seed, method, options) for task in tasks for seed in seeds_of(options) for method in methods]
     failed = carry_out(jobs, options.workers)
     for name, reason in failed.items():
         print(f"left out: {name}: {reason}")
