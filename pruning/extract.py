@@ -208,7 +208,7 @@ def resize(model: Model, layout: Layout, spec: SubModelSpec) -> Model:
     small = copy.deepcopy(model)
     if spec.depth is not None:
         for block in reversed(layout.blocks[spec.depth :]):
-            _drop(small, block.prefixes)
+            _drop(small, block.owned)
     owners = dict(small.named_modules())
     for key, tensor in sub_state.items():
         path, _, name = key.rpartition(".")

@@ -70,10 +70,17 @@ class Block:
     ----------
     name : dotted path of its module, e.g. ``blocks.3``.
     prefixes : key prefixes that exist only if this block is kept; an exit head behind the block belongs to it.
+    gates : prefixes of the same kind, of the gates that steer the block (``pruning.gates``); a gate is no exit head.
     """
 
     name: str
     prefixes: tuple[str, ...]
+    gates: tuple[str, ...] = ()
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """All key prefixes that exist only if this block is kept."""
+        return (*self.prefixes, *self.gates)
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ class Layout:
     def block_of(self, key: str) -> int | None:
         """Index of the block that owns ``key``; None for what every depth keeps."""
         for index, block in enumerate(self.blocks):
-            if key.startswith(block.prefixes):
+            if key.startswith(block.owned):
                 return index
         return None
 

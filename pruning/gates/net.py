@@ -38,13 +38,16 @@ class Gates(nn.ModuleDict):
     sites : what is gated, in the order of the layout.
     execution : how; set with ``configure``.
     can_group : whether the network is a chain of blocks, between which samples can be put in another order.
+    blocks : paths of the chain's blocks; exits: how many of them each of the network's outputs has before it.
     """
 
-    def __init__(self, sites: tuple[Site, ...]) -> None:
+    def __init__(self, sites: tuple[Site, ...], layout: Layout) -> None:
         super().__init__({key_of(site.group): Gate(site.inputs, site.size) for site in sites})
         self.sites, self.execution = sites, Execution()
-        self.can_group = True
+        self.can_group = all(_block_of(layout, site) is not None for site in sites)
+        self.blocks, self.exits = tuple(block.name for block in layout.blocks), layout.exits
         self._order: Tensor | None = None
+        self._sorted_at: nn.Module | None = None
         self._last_order: Tensor | None = None
         self._is_peeking = False
 
@@ -107,7 +110,7 @@ class Gates(nn.ModuleDict):
 
     def on_start(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Before the network's pass."""
-        self._order, self.execution.sizes = None, None
+        self._order, self._sorted_at, self.execution.sizes = None, None, None
 
     def on_block(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before a block with gates: once, sort the batch by who would win there."""
@@ -117,19 +120,35 @@ class Gates(nn.ModuleDict):
         gates = self._peek(block, inputs)
         if gates is None:
             return None
+        self._sorted_at = block
         self._order, self.execution.sizes = group_samples(gates, self.execution.num_groups)
         return (_reordered(inputs[0], self._order), *inputs[1:])
 
     def on_end(self, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
-        """After the pass: outputs in the order in which the images came."""
-        order, self._order, self.execution.sizes = self._order, None, None
+        """After the pass: outputs in the order in which the images came.
+
+        Raises
+        ------
+        GateError
+            If the network has several outputs, and its layout does not say behind which blocks they stand.
+        """
+        order, block = self._order, self._sorted_at
+        self._order, self._sorted_at, self.execution.sizes = None, None, None
         self._last_order = order
         if order is None:
             return None
         back = order.argsort()
-        if isinstance(outputs, list | tuple):
-            return [output.index_select(0, back) for output in outputs]
-        return outputs.index_select(0, back)
+        if not isinstance(outputs, list | tuple):
+            return outputs.index_select(0, back)
+        if len(outputs) > len(self.exits):
+            raise GateError(
+                f"gates: share 'group' puts samples in another order, and of the {len(outputs)} outputs of this "
+                f"{type(module).__name__} its layout places {len(self.exits)} behind blocks; use 'batch' or 'sample', "
+                "or declare a layout whose blocks own the exit heads"
+            )
+        depth = next(i for i, path in enumerate(self.blocks) if module.get_submodule(path) is block)
+        # an exit that stands before the block at which samples were sorted has answered already
+        return [x if exit <= depth else x.index_select(0, back) for exit, x in zip(self.exits, outputs, strict=False)]
 
     def in_pass_order(self, labels: Tensor) -> Tensor:
         """What belongs to the images of the last pass, [B], in the order in which the gates saw them."""
@@ -203,15 +222,13 @@ def attach(model: nn.Module, layout: Layout, image_shape: tuple[int, ...]) -> tu
     sites = find_sites(model, layout, image_shape)
     device = next(model.parameters()).device
     with torch.device(device):
-        gates = Gates(sites)
+        gates = Gates(sites, layout)
     for path, wiring in _wirings(gates).items():
         _swap(model, path, wiring)
     model.gates = gates
     model.register_forward_pre_hook(gates.on_start)
     model.register_forward_hook(gates.on_end)
-    blocks = [_block_of(layout, site) for site in sites]
-    gates.can_group = None not in blocks
-    for block in dict.fromkeys(blocks):
+    for block in dict.fromkeys(_block_of(layout, site) for site in sites):
         if block is not None:
             model.get_submodule(block.name).register_forward_pre_hook(gates.on_block)
     return model, _layout_with(layout, sites)
@@ -294,7 +311,7 @@ def _block_of(layout: Layout, site: Site) -> Block | None:
 def _layout_with(layout: Layout, sites: tuple[Site, ...]) -> Layout:
     """The layout with the gates' entries: which units are held, and the inputs that are never gated."""
     axes: dict[str, list[Axis]] = {group.name: [] for group in layout.groups}
-    prefixes: dict[str, list[str]] = {block.name: [] for block in layout.blocks}
+    owned: dict[str, list[str]] = {block.name: [] for block in layout.blocks}
     by_group = {site.group: site for site in sites}
     for site in sites:
         gate = f"{PREFIX}{key_of(site.group)}"
@@ -304,7 +321,7 @@ def _layout_with(layout: Layout, sites: tuple[Site, ...]) -> Layout:
             axes[source].append(Axis(f"{gate}.weight", 1))
         block = _block_of(layout, site)
         if block is not None:
-            prefixes[block.name].append(f"{gate}.")
+            owned[block.name].append(f"{gate}.")
     groups = tuple(replace(group, axes=(*group.axes, *axes[group.name])) for group in layout.groups)
-    blocks = tuple(replace(block, prefixes=(*block.prefixes, *prefixes[block.name])) for block in layout.blocks)
+    blocks = tuple(replace(block, gates=tuple(owned[block.name])) for block in layout.blocks)
     return Layout(groups, blocks)
