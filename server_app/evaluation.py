@@ -98,13 +98,17 @@ class CentralEvaluator:
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, examples: Examples, batch_size: int = 256) -> None:
-    """Replace all BatchNorm running statistics by the means over batches of ``examples``."""
+    """Replace all BatchNorm running statistics by the means over batches of ``examples``.
+
+    A gated unit's are the means over the batches that it won in; one that won in none keeps the statistics that it has.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.reset_running_stats()
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()  # the first batch replaces whatever is there
         norm.momentum = None  # cumulative mean
     model.train()
     for start in range(0, max(1, len(examples) - 1), batch_size):

@@ -17,15 +17,36 @@ from torch import Tensor, nn
 
 from pruning.gates.gate import Winners
 
+ABSENCES = "absences"
+"""Attribute of a normalisation whose running statistics are means over batches; not part of its state."""
 
-def momentum_of(norm: nn.BatchNorm2d) -> float:
-    """Share of the new statistics in the running ones; counts the batch, as ``nn.BatchNorm2d.forward`` does."""
+
+def momentum_of(norm: nn.BatchNorm2d, is_seen: Tensor) -> float | Tensor:
+    """Share of the new statistics in the running ones; counts the batch, as ``nn.BatchNorm2d.forward`` does.
+
+    Without a momentum, running statistics are means over batches: each unit's, [C], over the batches that it is in.
+
+    Parameters
+    ----------
+    is_seen : which units this batch has activations of, bool [C].
+    """
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # cumulative mean
-            return 1.0 / float(norm.num_batches_tracked)
+        if norm.momentum is None:
+            return 1 / (norm.num_batches_tracked - _count_absences(norm, is_seen)).clamp(min=1).double()
     assert norm.momentum is not None
     return norm.momentum
+
+
+def _count_absences(norm: nn.BatchNorm2d, is_seen: Tensor) -> Tensor:
+    """Batches since the last reset, this one included, that each unit was not in, int64 [C].
+
+    Presences could not be counted: where all units win, the layer is an ordinary one.
+    """
+    is_first = int(norm.num_batches_tracked or 0) == 1
+    absences: Tensor = ~is_seen + (0 if is_first else getattr(norm, ABSENCES, 0))
+    setattr(norm, ABSENCES, absences)
+    return absences
 
 
 def compact_norm(norm: nn.BatchNorm2d, y: Tensor, winners: Winners, values: Tensor | None) -> Tensor:
@@ -141,7 +162,9 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tens
     """Move the running statistics of the units that there are activations of; the others' stay."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    momentum, is_seen = momentum_of(norm), count > 0
+    is_seen = count > 0
+    momentum = momentum_of(norm, is_seen)
+    momentum = momentum.to(mean.dtype) if isinstance(momentum, Tensor) else momentum
     unbiased = var * count / (count - 1).clamp(min=1)
     norm.running_mean.copy_(torch.where(is_seen, norm.running_mean.lerp(mean, momentum), norm.running_mean))
     norm.running_var.copy_(torch.where(is_seen, norm.running_var.lerp(unbiased, momentum), norm.running_var))
