@@ -48,8 +48,8 @@ def learning_rate(config: TrainConfig, server_round: int, num_rounds: int) -> fl
     return config.learning_rate * 0.5 * (1 + float(torch.cos(progress)))
 
 
-def step_sum(num_steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
-    """How far ``num_steps`` steps of SGD go along a constant gradient, in units of learning rate times gradient.
+def step_sums(num_steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> list[float]:
+    """How far 0, 1, ... ``num_steps`` steps of SGD go along a constant gradient; unit: learning rate times gradient.
 
     This is ``||a_i||_1`` of FedNova (Wang et al. 2020, arXiv 2007.07481, section 4): an update is ``-eta sum_k a_ik
     g_k``. Plain SGD: the number of steps. Momentum beta: ``(K - beta (1 - beta^K) / (1 - beta)) / (1 - beta)``.
@@ -61,13 +61,25 @@ def step_sum(num_steps: int, momentum: float = 0.0, nesterov: bool = False, pull
     pull : learning rate times mu of a proximal term, >= 0.
     """
     velocity, distance = 0.0, 0.0
+    distances = [distance]
     for _ in range(num_steps):
         gradient = 1.0 - pull * distance
         velocity = momentum * velocity + gradient
         distance += gradient + momentum * velocity if nesterov else velocity
-    return distance
+        distances.append(distance)
+    return distances
+
+
+def step_sum(num_steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
+    """The last of ``step_sums``."""
+    return step_sums(num_steps, momentum, nesterov, pull)[-1]
+
+
+def local_distances(config: TrainConfig, num_steps: int, rate: float, mu: float = 0.0) -> list[float]:
+    """``step_sums`` of a client's round: under its optimiser, at learning rate ``rate``, with a proximal ``mu``."""
+    return step_sums(num_steps, config.momentum, config.nesterov and config.momentum > 0, rate * mu)
 
 
 def local_distance(config: TrainConfig, num_steps: int, rate: float, mu: float = 0.0) -> float:
-    """``step_sum`` of a client's round: under its optimiser, at learning rate ``rate``, with a proximal ``mu``."""
-    return step_sum(num_steps, config.momentum, config.nesterov and config.momentum > 0, rate * mu)
+    """How far all steps of a client's round go."""
+    return local_distances(config, num_steps, rate, mu)[-1]

@@ -118,6 +118,8 @@ class Objective:
     kept_bytes : of the tensors that are kept through training beside the model (anchors, variates).
     correct : changes the gradients between the backward pass and the step.
     step : makes the optimiser's step, after all corrections.
+    steps_of : after training, by parameter name, how many steps moved each entry, int64 and of a shape that broadcasts
+        to the parameter's; parameters all of which every step moved are missing.
     finish : told the number of steps made, says what there is to say.
     train : trains in a way of its own (own optimiser, own steps) instead of the handler's loop over all batches.
     examine : tests in a way of its own; the metrics, and what the server needs to finish the test.
@@ -133,6 +135,7 @@ class Objective:
     kept_bytes: int = 0
     correct: Callable[[], None] = lambda: None
     step: Callable[[Optimizer], object] = lambda optimizer: optimizer.step()
+    steps_of: Callable[[], Mapping[str, Tensor]] = dict
     finish: Callable[[int], Findings] = lambda num_steps: Findings()
     train: Callable[[Examples], Fitted] | None = None
     examine: Callable[[Examples], Findings] | None = None

@@ -13,7 +13,7 @@ from pruning.extract import Shapes, narrow, selection, shapes_of
 from pruning.rows import add_at, gather
 from pruning.spec import SubModelSpec
 from wire.message import state_bytes
-from wire.training import VARIATE, local_distance
+from wire.training import VARIATE, local_distances
 
 
 def proximal(task: Task, inner: Objective) -> Objective:
@@ -42,10 +42,11 @@ def variates(task: Task, inner: Objective) -> Objective:
     """SCAFFOLD's local half (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II).
 
     Every gradient becomes ``g - c_i + c``; afterwards ``c_i+ = c_i - c + (x - y_i) / (A eta)``, where A, the number of
-    steps in the paper, is what the optimiser makes of them (``wire.training.step_sum``). c comes with the request
-    (missing entries are zero), ``c_i+ - c_i`` goes back beside the weights. c_i is remembered for every entry that this
-    client ever trained, in the full model's coordinates: it follows the sub-model wherever that goes. Buffers have no
-    variates.
+    steps in the paper, is what the optimiser makes of them (``wire.training.step_sum``); of those that moved the entry,
+    where a base keeps parts of the model still (``Objective.steps_of``), so that one that never moved keeps its c_i. c
+    comes with the request (missing entries are zero), ``c_i+ - c_i`` goes back beside the weights. c_i is remembered
+    for every entry that this client ever trained, in the full model's coordinates: it follows the sub-model wherever
+    that goes. Buffers have no variates.
     """
     _check_reachable("variates", inner)
     shapes = shapes_of(task.full.state_dict())
@@ -70,11 +71,15 @@ def variates(task: Task, inner: Objective) -> Objective:
                 parameter.grad.add_(shift[name])
 
     def finish(num_steps: int) -> Findings:
-        distance = local_distance(task.train, num_steps, task.learning_rate, float(task.settings.get("mu", 0.0)))
-        change = {}
+        distances = local_distances(task.train, num_steps, task.learning_rate, float(task.settings.get("mu", 0.0)))
+        change, steps_of = {}, inner.steps_of()
         for name, parameter in trained.items():
+            num_moves = steps_of.get(name)
+            distance = distances[-1] if num_moves is None else torch.tensor(distances).to(parameter)[num_moves]
             slope = (start[name] - parameter.detach()) / (distance * task.learning_rate)
             change[name] = (slope - shift[name]).cpu() - own.get(name, nothing)
+            if num_moves is not None:
+                change[name] = torch.where(num_moves.cpu() > 0, change[name], 0.0)
         findings = inner.finish(num_steps)
         final = findings.narrowed or held
         if final != held:

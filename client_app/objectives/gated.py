@@ -71,8 +71,9 @@ def gated(task: Task) -> Objective:
     def finish(num_steps: int) -> Findings:
         return _findings(task, gates, evidence, plan, work.train_macs)
 
-    step = base.step if losers is None else losers.step
-    return replace(base, loss=loss, finish=finish, step=step, varies=True)
+    if losers is not None:
+        base = replace(base, step=losers.step, steps_of=losers.steps_of)
+    return replace(base, loss=loss, finish=finish, varies=True)
 
 
 def packed(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.objectives.base import Task
-from pruning.gates import Gate, Gates
+from pruning.gates import PREFIX, Gate, Gates, key_of
 from wire.sgd import Optimizer
 
 
@@ -16,6 +16,7 @@ from wire.sgd import Optimizer
 class _Place:
     """Where a gate's units lie in one parameter: ``repeat`` positions each along ``dim``."""
 
+    name: str
     parameter: nn.Parameter
     dim: int
     repeat: int
@@ -33,14 +34,22 @@ class Losers:
         parameters = dict(task.model.named_parameters())
         self._places: list[tuple[Gate, list[_Place]]] = []
         for site, gate in gates.pairs():
-            axes = task.layout.by_name[site.group].axes
-            places = [_Place(parameters[axis.key], axis.dim, axis.repeat) for axis in axes if axis.key in parameters]
+            axes = [axis for axis in task.layout.by_name[site.group].axes if axis.key in parameters]
+            places = [_Place(axis.key, parameters[axis.key], axis.dim, axis.repeat) for axis in axes]
             self._places.append((gate, places))
+        self._names = [f"{PREFIX}{key_of(site.group)}" for site, _ in gates.pairs()]
+        self._seen: list[list[Tensor | None]] = []  # of every step, who was selected at every gate
 
     def step(self, optimizer: Optimizer) -> None:
         """Step, and put back what must not have moved."""
         kept: list[tuple[Tensor, int, Tensor, Tensor | None]] = []
-        chosen = [(gate, places, losers) for gate, places in self._places if (losers := _losers(gate)) is not None]
+        selected = [_selected(gate) for gate, _ in self._places]
+        self._seen.append(selected)
+        chosen = [
+            (gate, places, (~mask).nonzero().flatten())
+            for (gate, places), mask in zip(self._places, selected, strict=True)
+            if mask is not None
+        ]
         for gate, places, losers in chosen:
             for parameter, dim, positions in _rows(gate, places, losers):
                 for tensor in (parameter.data, *_memories(optimizer, parameter)):
@@ -56,13 +65,48 @@ class Losers:
                     if tensor.data_ptr() not in known:  # made by this step: it remembers nothing of them
                         tensor.index_fill_(dim, positions, 0.0)
 
+    def steps_of(self) -> dict[str, Tensor]:
+        """Parameter name -> steps that moved each of its entries, int64, one long where all positions are alike.
 
-def _losers(gate: Gate) -> Tensor | None:
-    """Held units that nobody selected in the last pass, int64; None if there is none."""
+        An entry that lies on units of two gates moved where both were selected. Parameters of which every step moved
+        everything are missing.
+        """
+        found: dict[str, list[tuple[int, int, Tensor]]] = {}  # name -> (axis, number of axes, moved [steps, size])
+        for index, (name, (gate, places)) in enumerate(zip(self._names, self._places, strict=True)):
+            masks = [step[index] for step in self._seen]
+            if all(mask is None for mask in masks):
+                continue
+            everybody = torch.ones_like(gate.units, dtype=torch.bool)
+            # sums of float32 are exact up to 2 ** 24 steps
+            moved = torch.stack([everybody if mask is None else mask for mask in masks]).float()
+            for place in places:
+                entry = (place.dim, place.parameter.dim(), moved.repeat_interleave(place.repeat, 1))
+                found.setdefault(place.name, []).append(entry)
+            units = torch.ones(len(moved), len(gate.bias), device=moved.device).index_copy(1, gate.units, moved)
+            found[f"{name}.weight"], found[f"{name}.bias"] = [(0, 2, units)], [(0, 1, units)]
+        return {name: _count(parts) for name, parts in found.items()}
+
+
+def _count(parts: list[tuple[int, int, Tensor]]) -> Tensor:
+    """Steps in which all gates of an entry selected it; ``parts`` as in ``Losers.steps_of``."""
+    (dim, num_dims, moved), *others = parts
+    if not others:
+        shape = [1] * num_dims
+        shape[dim] = moved.shape[1]
+        return moved.sum(0).long().view(shape)
+    ((other, _, theirs),) = others
+    shape = [1] * num_dims
+    shape[dim], shape[other] = moved.shape[1], theirs.shape[1]
+    pairs = moved.T @ theirs
+    return (pairs if dim < other else pairs.T).long().view(shape)
+
+
+def _selected(gate: Gate) -> Tensor | None:
+    """Which held units anybody selected in the last pass, bool [H]; None if all of them."""
     if gate.winners is None or gate.winners.is_everybody:
         return None
-    losers = (~gate.winners.union(len(gate.units))).nonzero().flatten()
-    return losers if len(losers) else None
+    selected = gate.winners.union(len(gate.units))
+    return None if bool(selected.all()) else selected
 
 
 def _rows(gate: Gate, places: list[_Place], losers: Tensor) -> list[tuple[nn.Parameter, int, Tensor]]:
