@@ -108,6 +108,16 @@ class ADPConfig:
             return 1.0
         return self.density if into >= self.ramp_rounds else 1 - (1 - self.density) * into / self.ramp_rounds
 
+    def changed(self, *names: str) -> list[str]:
+        """Those of the settings that differ from their defaults, as a user writes them, ``adp.share=batch``."""
+        values = {name: getattr(self, name) for name in names}
+        default = ADPConfig()
+        return [
+            f"adp.{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in values.items()
+            if value != getattr(default, name)
+        ]
+
 
 class ADP(SubModelStrategy):
     """Dynamic pruning on top of a base algorithm."""
@@ -126,7 +136,7 @@ class ADP(SubModelStrategy):
         self._rows = GateRows()
 
     def check(self) -> None:
-        """Gates need a network that has them; what contradicts each other is refused."""
+        """Gates need a network that has them; what contradicts each other, or would do nothing, is refused."""
         c, job = self.config, self.setting.job
         self._base.check(self.name)
         refuse(
@@ -154,10 +164,53 @@ class ADP(SubModelStrategy):
             refuse(not self._groups, "adp.mode=static", "the model has nothing that can be left out")
         if c.mode == "gate" and c.share == "group" and self.setting.network is not None:
             refuse(not gates_of(self.setting.network).can_group, "adp.share=group", "the model is no chain of blocks")
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Refuse settings that were changed and would do nothing beside others."""
+        c = self.config
+        of_uploads = ("upload", "upload_density")
+        of_winners = ("optimizer_mask", "compact", *of_uploads)
+        of_gates = ("share", "num_groups", "sparsity", *of_winners, "gates", "plan")
+        for is_idle, names, beside, instead in (
+            (c.mode != "gate", of_gates, f"mode={c.mode}", "mode=gate"),
+            (c.mode == "magnitude", ("density",), "mode=magnitude", "mode=gate or static"),
+            (c.mode != "magnitude", ("threshold",), f"mode={c.mode}", "mode=magnitude"),
+            (c.share != "group", ("num_groups",), f"share={c.share}", "share=group"),
+            (c.share == "client", of_winners, "share=client", "share=group, batch or sample"),
+            (c.upload == "all", ("upload_density",), "upload=all", "upload=salient"),
+            (c.base != "fedprox", ("mu",), f"base={c.base}", "base=fedprox"),
+        ):
+            changed = c.changed(*names) if is_idle else []
+            keys = f"{', '.join(changed)} with adp.{beside}"
+            refuse(bool(changed), keys, f"has no effect; leave it out, or use adp.{instead}")
 
     def begin(self) -> None:
         """The base algorithm starts from the initial model."""
         self._base.begin(self.progress.state, self.layout)
+        if not self.progress.server_round:
+            self._warn_of_schedule()
+
+    def _warn_of_schedule(self) -> None:
+        """Say so where the schedule does not get to the density that is asked for."""
+        c, num_rounds = self.config, self.setting.job.num_rounds
+        if c.mode == "magnitude":
+            changed = c.changed("warmup_rounds", "ramp_rounds")
+            if changed:
+                self.warn(
+                    0, f"{', '.join(changed)}: has no effect with adp.mode=magnitude, which zeroes from round 1 on"
+                )
+            return
+        last = c.density_at(num_rounds)
+        if last > c.density:
+            how = "nothing is ever pruned" if last == 1 else f"pruning ends at density {last:.3g}"
+            enough = c.warmup_rounds + max(1, c.ramp_rounds)
+            self.warn(
+                0,
+                f"{how} instead of adp.density={c.density:g}: num-rounds={num_rounds} with {c.warmup_rounds} rounds of "
+                f"warm-up and {c.ramp_rounds} of going down; raise num-rounds to {enough} or more, or "
+                "lower adp.warmup-rounds and adp.ramp-rounds",
+            )
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Set the round's density; everybody trains the whole model through its gates, or its own sub-model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,55 @@ REFUSED: dict[str, dict[str, Any]] = {
         "model.name": "vit_micro",
     },
 }
+
+
+IDLE: dict[str, dict[str, Any]] = {
+    r"adp.share=sample with adp.mode=static: has no effect; leave it out, or use adp.mode=gate": {
+        "model.gates": False,
+        "adp.mode": "static",
+        "adp.share": "sample",
+    },
+    r"adp.optimizer-mask=false, adp.plan=measured with adp.mode=magnitude": {
+        "model.gates": False,
+        "adp.mode": "magnitude",
+        "adp.plan": "measured",
+        "adp.optimizer-mask": False,
+    },
+    r"adp.density=0.3 with adp.mode=magnitude": {"model.gates": False, "adp.mode": "magnitude", "adp.density": 0.3},
+    r"adp.threshold=0.1 with adp.mode=gate.*use adp.mode=magnitude": {"adp.threshold": 0.1},
+    r"adp.num-groups=2 with adp.share=batch.*use adp.share=group": {"adp.num-groups": 2, "adp.share": "batch"},
+    r"adp.upload-density=0.25 with adp.share=client": {"adp.upload-density": 0.25, "adp.share": "client"},
+    r"adp.upload-density=0.25 with adp.upload=all": {"adp.upload-density": 0.25, "adp.upload": "all"},
+    r"adp.mu=0.1 with adp.base=fednova.*use adp.base=fedprox": {"adp.mu": 0.1, "adp.base": "fednova"},
+}
+
+
+@pytest.mark.parametrize("message", IDLE)
+def test_settings_that_would_do_nothing_are_refused_with_what_they_need(message, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        tiny_run(tmp_path / "run", **{**ADP, **IDLE[message]})
+
+
+@pytest.mark.parametrize(
+    ("keys", "messages"),
+    [
+        ({}, []),
+        ({"adp.density": 1.0, "adp.warmup-rounds": 5}, []),
+        ({"adp.warmup-rounds": 2, "adp.ramp-rounds": 0}, []),
+        ({"adp.warmup-rounds": 3, "adp.ramp-rounds": 0}, ["nothing is ever pruned .* num-rounds to 4 or more"]),
+        ({"adp.ramp-rounds": 4}, ["ends at density 0.75 instead of adp.density=0.5: num-rounds=3 .* to 5 or more"]),
+        (
+            {"adp.mode": "magnitude", "model.gates": False},
+            ["adp.warmup-rounds=1, adp.ramp-rounds=1: has no effect with adp.mode=magnitude"],
+        ),
+    ],
+)
+def test_a_schedule_that_does_not_get_to_its_density_is_warned_of_once(keys, messages, tmp_path: Path):
+    rows = tiny_run(tmp_path / "run", **{**ADP, **keys})
+    found = [row["message"] for row in select(rows, "warning")]
+    assert len(found) == len(messages)
+    for mine, pattern in zip(found, messages, strict=True):
+        assert re.search(pattern, mine), mine
 
 
 @pytest.mark.parametrize("message", REFUSED)
