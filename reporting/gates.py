@@ -5,6 +5,7 @@ Functions of a ``View`` that return a ``Picture``, or None where the log has not
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from statistics import fmean, median
 
 from matplotlib.axes import Axes
@@ -22,7 +23,8 @@ SHOWN = {
 }
 """Statistic -> its label and colour."""
 
-MAX_LAYERS = 40
+MAX_LAYERS, MAX_NAMES = 40, 16
+"""Layers that are drawn; layers that a sentence names."""
 
 
 def draw_gates(view: View) -> Picture | None:
@@ -73,8 +75,24 @@ def draw_plan(view: View) -> Picture | None:
     set_legend_above(ax)
     hide_grid(ax, "x")
     pays = sum(mine < theirs for mine, theirs in zip(gated, dense, strict=True))
-    note = f"Gating took less time in {pays} of {len(names)} layers; where it does not pay, layers are left dense."
+    note = f"Median over clients: gating took less time in {pays} of {len(names)} layers drawn. {_plan(view, times)}"
     return Picture("Where gating pays", render(figure, "plan", "Times of layers whole and gated", note), note)
+
+
+def _plan(view: View, measured: Collection[str]) -> str:
+    """The plan in force at the end: which layers were left dense."""
+    plans = [row.dense for row in view.log.gates if row.dense is not None]
+    if not plans:  # a log from before plans were written
+        return "Where it does not pay, layers are left dense."
+    left = plans[-1]
+    if not left:
+        return "The plan, from all measured clients' times together, gates all of them."
+    shown = ", ".join(clean(name, 28) for name in left[:MAX_NAMES])
+    more = f" and {len(left) - MAX_NAMES} more" if len(left) > MAX_NAMES else ""
+    return (
+        f"The plan, from all measured clients' times together, leaves {len(left)} of {len(measured)} layers dense: "
+        f"{shown}{more}."
+    )
 
 
 def _draw_rounds(ax: Axes, rows: list[Gates]) -> None:

@@ -151,11 +151,13 @@ class Gates:
     """What the gates of dynamic pruning did in one round, the mean over clients.
 
     ``layers``: layer -> statistic -> value in [0, 1], of the layers in which units lost. ``overlaps``: of the winners
-    of any two classes, one row per class; 0 where no client has both.
+    of any two classes, one row per class; 0 where no client has both. ``dense``: the layers that the plan left ungated;
+    None in logs from before it was written.
     """
 
     server_round: int
     density: float = 1.0
+    dense: tuple[str, ...] | None = None
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     overlaps: tuple[tuple[float, ...], ...] = ()
     wall_s: float = 0.0
@@ -241,6 +243,12 @@ def _floats(value: Any) -> dict[str, float]:
     return {key: _float(item) for key, item in _dict(value).items() if item is not None}
 
 
+def _strings(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError("a list of strings")
+    return tuple(_str(item) for item in value)
+
+
 def _family(value: Any) -> tuple[FamilyMember, ...]:
     if not isinstance(value, list):
         raise TypeError("a list of objects")
@@ -258,6 +266,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "Mapping[str, Mapping[str, float]]": lambda value: {key: _floats(item) for key, item in _dict(value).items()},
     "tuple[tuple[float, ...], ...]": lambda value: tuple(tuple(_float(item) for item in row) for row in value),
     "tuple[int, ...]": lambda value: tuple(_int(item) for item in value),
+    "tuple[str, ...]": _strings,
     "tuple[FamilyMember, ...]": _family,
 }
 

@@ -133,6 +133,7 @@ class ADP(SubModelStrategy):
         self._times: dict[int, Tensor] = {}
         self._static: SubModelSpec = FULL
         self._density = 1.0
+        self._dense: list[str] = []
         self._rows = GateRows()
 
     def check(self) -> None:
@@ -257,7 +258,7 @@ class ADP(SubModelStrategy):
         if self.config.mode == "gate":
             row = self._rows.close([group.name for group in self._groups])
             where = {"server_round": self.progress.server_round + 1, "density": self._density}
-            self.listen({"event": "gates", **where, **row})
+            self.listen({"event": "gates", **where, "dense": self._dense, **row})
         return merged
 
     def deployed(self) -> SubModelSpec:
@@ -301,15 +302,23 @@ class ADP(SubModelStrategy):
 
         Integer entries are never averaged.
         """
-        dense = slower_gated(list(self._times.values()), [group.name for group in self._groups])
+        names = [group.name for group in self._groups]
+        slower = slower_gated(list(self._times.values()), names)
+        self._dense = [name for name in names if name in slower]
         entries = {
             f"{PREFIX}{key_of(group.name)}.num_winners": torch.tensor(
-                0 if group.name in dense else num_winners(group.size, self._density)
+                0 if group.name in slower else num_winners(group.size, self._density)
             )
             for group in self._groups
         }
         if any(not torch.equal(self.progress.state[key], entry) for key, entry in entries.items()):
             self.progress.state = {**self.progress.state, **entries}
+            if len(slower) == len(names):
+                self.warn(
+                    self.progress.server_round + 1,
+                    "adp.plan=measured leaves every layer dense: gating pays in none of them on the measured clients, "
+                    "so that nothing is pruned; use a wider model or larger batches, or adp.plan=all",
+                )
 
     def _client_spec(self, partition_id: int) -> SubModelSpec:
         """The units most salient on a client's data; of a client not heard of yet, on everybody's."""

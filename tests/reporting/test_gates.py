@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reporting.gates import MAX_LAYERS, draw_gates, draw_plan
+from reporting.gates import MAX_LAYERS, MAX_NAMES, draw_gates, draw_plan
 from reporting.log import LogError, read_events
 from reporting.style import style
 from reporting.view import View
@@ -64,6 +64,39 @@ def test_plans_are_shown_as_the_median_over_clients(make_run):
         picture = draw_plan(view_of(make_run, *rows))
     assert picture is not None
     assert "less time in 1 of 1 layers" in picture.note
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([gates(dense=[])], "gates all of them"),
+        ([gates(dense=["stage1"])], "leaves 1 of 1 layers dense: stage1."),
+        ([gates(dense=["stage1"]), gates(server_round=4, dense=[])], "gates all of them"),
+        ([gates()], "Where it does not pay, layers are left dense."),  # an older log
+        ([], "Where it does not pay, layers are left dense."),
+    ],
+)
+def test_the_plan_in_force_at_the_end_is_named(make_run, rows, sentence):
+    """What was chosen, not what one client's times would have chosen."""
+    with style():
+        picture = draw_plan(view_of(make_run, plan(0, 1.0, 0.97), *rows))
+    assert picture is not None
+    assert "less time in 1 of 1 layers" in picture.note
+    assert sentence in picture.note
+
+
+def test_a_plan_that_names_many_layers_says_how_many_more(make_run):
+    many = [f"layer{i}" for i in range(MAX_NAMES + 3)]
+    with style():
+        picture = draw_plan(view_of(make_run, plan(0, 1.0, 2.0), gates(dense=many)))
+    assert picture is not None
+    assert f"layer{MAX_NAMES - 1} and 3 more." in picture.note
+
+
+@pytest.mark.parametrize("dense", ["stage1", [1]])
+def test_a_plan_that_is_no_list_of_names_is_refused_with_its_line(make_run, dense):
+    with pytest.raises(LogError, match=r"line 2 \(gates\): field 'dense'"):
+        view_of(make_run, gates(dense=dense))
 
 
 def test_overlaps_of_rows_that_differ_in_length_are_drawn(make_run):

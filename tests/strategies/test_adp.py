@@ -213,6 +213,10 @@ def test_measured_plans_are_logged_once_per_client_and_layers_that_do_not_pay_ar
     assert all(times["dense_s"] > 0 for row in plans for times in row["layers"].values())
     assert int(spy.of(2)[0][0].state[PREFIX + "hidden1.num_winners"]) == 0, "its predictor is as large as the layer"
     assert all("hidden1" not in (report.narrowed or instruction.spec).units for instruction, report in spy.of(2))
+    assert [row["dense"] for row in select(rows, "gates")] == [[], ["hidden1"], ["hidden1"]], "the plan in force"
+    (warning,) = select(rows, "warning")
+    assert warning["server_round"] == 2
+    assert "leaves every layer dense" in warning["message"]
 
 
 def test_a_row_of_every_round_says_what_the_gates_did(tmp_path):
