@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench import adp
-from bench.adp import compare, job_of, read_options, rounds_to, task_of, variants
+from bench.adp import compare, job_of, read_options, rounds_to, tabulate, task_of, variants
+from bench.runs import mean_and_spread
 from server_app.config import parse
 
 
@@ -26,6 +27,40 @@ def test_bytes_to_a_target_in_the_three_countings():
     assert row["authors' bytes to it, first hit"] == 2 / 4 - 1
     assert row["salient bytes to it, first hit"] == (5 + 5) / 40 - 1
     assert row["wire bytes to it, first hit"] == (2 * 15) / (4 * 20) - 1
+
+
+def test_bytes_to_accuracies_are_shown_where_the_run_with_nothing_pruned_gets_there_with_every_seed():
+    unpruned = {0: curve_of([0.2, 0.62, 0.76]), 1: curve_of([0.3, 0.5, 0.72])}
+    pruned = {0: curve_of([0.2, 0.61, 0.71], up=5.0), 1: curve_of([0.61, 0.65, 0.69], up=5.0)}
+    rows = {row["variant"]: row for row in tabulate({"plain": unpruned, "d=1": unpruned, "d=0.5": pruned})}
+    row = rows["d=0.5"]
+    assert not any("75%" in column or "80%" in column for column in row), "one seed does not get to .75"
+    assert row["rounds to 60%, first hit"] == "1.500 ± 0.707"  # rounds 2 and 1; unpruned 2 and 3
+    assert row["authors' bytes to 60%, first hit"] == mean_and_spread([0.0, 1 / 3 - 1])
+    assert row["salient bytes to 60%, first hit"] == mean_and_spread([10 / 20 - 1, 5 / 30 - 1])
+    assert row["wire bytes to 60%, first hit"] == mean_and_spread([30 / 40 - 1, 15 / 60 - 1])
+    assert row["salient bytes to 70%, first hit"] == "not reached (1 of 2)"
+    assert row.keys() == rows["plain"].keys()
+
+
+def test_where_no_accuracy_is_reached_the_table_has_shares_of_the_best_alone():
+    runs = {"d=1": {0: curve_of([0.2, 0.3])}, "d=0.5": {0: curve_of([0.1, 0.28])}}
+    (_, row) = tabulate(runs)
+    assert row["rounds to 90% of best, first hit"] == "2.000"
+    assert not any(column.startswith("rounds to 6") for column in row)
+
+
+def test_controls_without_gates_are_compared_with_the_run_without_gates():
+    plain, gated = curve_of([0.5, 0.6], up=8.0), curve_of([0.5, 0.7], up=10.0)
+    control = curve_of([0.5, 0.6], up=4.0)
+    runs = {"plain": {0: plain}, "d=1": {0: gated}, "client": {0: control}, "static": {0: control, 1: control}}
+    rows = {row["variant"]: row for row in tabulate(runs)}
+    assert rows["static"]["upload"] == "-0.500"
+    assert rows["static"]["lost points"] == "0.000"
+    assert rows["static"]["seeds"] == 1, "there is nothing to compare the other with"
+    assert rows["client"]["upload"] == "-0.600"
+    assert rows["plain"]["upload"] == "-0.200", "what gates cost"
+    assert "static" not in {row["variant"] for row in tabulate({k: v for k, v in runs.items() if k != "plain"})}
 
 
 def test_points_lost_and_the_gap_to_training_are_means_of_the_last_five_rounds():
