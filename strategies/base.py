@@ -35,7 +35,7 @@ from strategies.shelf import Shelf
 from strategies.transport import over_grid
 from strategies.versions import VersionStore
 from wire.flat import refuse
-from wire.message import Failure, Instruction, Report
+from wire.message import Failure, Instruction
 
 logger = logging.getLogger(__name__)
 
@@ -382,10 +382,10 @@ class SubModelStrategy(Hooks, Strategy):
                 companions=order.companions(),
             )
 
-        def turn_away(report: Report, error: ValueError) -> None:
-            self.warn(server_round, f"the test of client {report.partition_id} was turned away: {error}")
+        def turn_away(pid: int, error: ValueError) -> None:
+            self.warn(server_round, f"the test of client {pid} was turned away: {error}")
 
-        return ask_tests(exchange, [instruct(pid) for pid in free], self.judge, turn_away)
+        return ask_tests(exchange, free, instruct, self.judge, turn_away)
 
     # --- Flower's own loop is not used ------------------------------------------------------------------------------
 

@@ -107,8 +107,11 @@ class Hooks:
         """What a client would deploy, and what it needs to be asked to test it."""
         return Order()
 
-    def judge(self, report: Report) -> Report:
-        """Finish a client's test that it could only begin; a ``ValueError`` leaves the client out."""
+    def judge(self, report: Report) -> Report | None:
+        """Finish a client's test that it could only begin; a ``ValueError`` leaves the client out.
+
+        None: the test goes on, ``evaluation_order`` says how. Called as answers come, in no order.
+        """
         return report
 
     def export_state(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ Settings, beside those of ``half.Half``:
 ``send-weights``  ``never``, ``end`` (when the round's last update is made) or ``always``
 ``take-weights``, ``renew``   begin with the weights that came along; forget the optimiser's moments
 ``labels``        number of classes, for the width of the labels on the wire
+``test-start``, ``test-stop``   of a test: the samples whose activations are sent now; absent: all
 """
 
 from __future__ import annotations
@@ -228,12 +229,15 @@ def _tested(task: Task) -> Objective:
     @torch.no_grad()
     def upload(examples: Examples) -> Findings:
         part = _half(task, examples).part.eval()
-        made = [part(examples.batch(slice(i, i + TEST_BATCH))[0]) for i in range(0, len(examples), TEST_BATCH)]
+        start = int(task.settings.get("test-start", 0))
+        stop = min(int(task.settings.get("test-stop", len(examples))), len(examples))
+        cuts = range(start, stop, TEST_BATCH)
+        made = [part(examples.batch(slice(i, min(i + TEST_BATCH, stop)))[0]) for i in cuts]
         activations = torch.cat(made).cpu()
         packed = pack_upload(
             encode(activations, str(task.settings["precision"])),
-            examples.y.cpu().to(label_type(int(task.settings["labels"]))),
-            torch.tensor([(0, len(examples))], dtype=torch.int32),
+            examples.y[start:stop].cpu().to(label_type(int(task.settings["labels"]))),
+            torch.tensor([(start, stop - start)], dtype=torch.int32),
         )
         return Findings(companions=packed)
 

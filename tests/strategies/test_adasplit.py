@@ -32,6 +32,9 @@ BASE: dict[str, Any] = {
 }
 
 
+TWO_TESTS_OF_40: dict[str, Any] = {"num_clients": 2, "data__max_train": 400, "data__partition": "iid"}
+
+
 def adasplit(folder: Path, handler: Callable[[Instruction], Report] = handle, **settings: Any) -> list[dict[str, Any]]:
     return tiny_run(folder, handler, **{**BASE, **settings})
 
@@ -88,6 +91,55 @@ def test_no_upload_exceeds_its_bound(tmp_path):
 
     adasplit(tmp_path, spy, adasplit__max_upload_bytes=bound, adasplit__segments=1)
     assert 0 < max(seen) <= bound
+
+
+def test_a_long_test_comes_in_pieces_within_the_bound_and_finds_what_it_finds_at_once(tmp_path):
+    bound, seen = 17 * 4 * 200, []
+
+    def spy(instruction: Instruction) -> Report:
+        report = handle(instruction)
+        if instruction.action == "evaluate":
+            seen.append(len(report.companions["labels"]) * 4 * 200)
+        return report
+
+    settings = {"num_rounds": 2, **TWO_TESTS_OF_40, "evaluation__own_classes": True}
+    whole = select(adasplit(tmp_path / "whole", **settings), "evaluation")
+    pieces = select(adasplit(tmp_path / "pieces", spy, adasplit__max_upload_bytes=bound, **settings), "evaluation")
+    assert 0 < max(seen) <= bound
+    assert len(seen) == 2 * 3 * len(pieces)  # 40 samples of two clients each, 17 at a time
+    assert len(pieces) == len(whole)
+    for mine, theirs in zip(pieces, whole, strict=True):
+        assert mine["clients"] == theirs["clients"]
+        assert mine["num_examples"] == theirs["num_examples"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["upload_bytes"] >= theirs["upload_bytes"] > 0  # all pieces are counted
+
+
+@pytest.mark.parametrize("fault", ["too long", "another test", "dies", "signed by another"])
+def test_a_client_whose_test_goes_wrong_in_the_middle_is_left_out_and_the_others_are_not(fault, tmp_path):
+    num_asked = {0: 0, 1: 0}
+
+    def faulty(instruction: Instruction) -> Report:
+        report = handle(instruction)
+        if instruction.action != "evaluate":
+            return report
+        num_asked[instruction.partition_id] += 1
+        if instruction.partition_id == 0 or instruction.settings["test-start"] == 0:
+            return report
+        if fault == "dies":
+            raise RuntimeError("the battery is empty")
+        if fault == "too long":
+            everything = {**instruction.settings, "test-start": 0, "test-stop": 10**6}
+            return handle(replace(instruction, settings=everything))
+        return replace(report, **({"partition_id": 0} if fault == "signed by another" else {"num_examples": 10**6}))
+
+    rows = adasplit(tmp_path, faulty, num_rounds=2, **TWO_TESTS_OF_40, adasplit__max_upload_bytes=17 * 4 * 200)
+    assert [set(row["clients"]) for row in select(rows, "evaluation")] == [{"0"}, {"0"}]
+    assert num_asked == {0: 2 * 3, 1: 2 * 2}  # in two evaluations; after its fault it is asked no further
+    warnings = [row["message"] for row in select(rows, "warning")]
+    expected = {"too long": "test samples from 17 on", "another test": "became one of 1000000"}.get(fault)
+    assert all(expected in message for message in warnings) if expected else not warnings
+    assert len(warnings) == (2 if expected else 0)
 
 
 def test_frozen_uploads_cost_one_more_pass_and_fewest_requests(exact, tmp_path):
