@@ -2,7 +2,8 @@
 
 Settings, beside those of ``half.Half``:
 
-``local-rounds``  rounds that the client trains on its own before anything crosses the network
+``local-rounds``  rounds that the client trains on its own before anything crosses the network, at the run's first
+                  learning rate, whenever it makes them
 ``round``         the present round; the client makes its steps ``start`` to ``stop`` (-1: to the end)
 ``upload``        ``none``, ``before`` (the activations of each step, before its update) or ``after`` (trains to the end
                   of the round first, then passes the batches through once more)
@@ -47,6 +48,30 @@ def split(task: Task) -> Objective:
     return _objective(task, has_own_loss=False)
 
 
+def contrastive_bytes(task: Task) -> int:
+    """What ``contrastive`` needs in memory at its peak: half and head under training, and the activations it sends."""
+    return _peak_bytes(task, has_own_loss=True)
+
+
+def split_bytes(task: Task) -> int:
+    """What ``split`` needs in memory at its peak: the half under training, and the activations it sends."""
+    return _peak_bytes(task, has_own_loss=False)
+
+
+def _peak_bytes(task: Task, has_own_loss: bool) -> int:
+    assert task.examples is not None
+    num_examples, config, s = len(task.examples), task.train, task.settings
+    plan = plan_of(task.full, str(s["cut"]), tuple(task.examples.x.shape[1:]))
+    cost = plan.cost_with_head if has_own_loss else plan.cost
+    slots = 2 if config.optimizer == "adam" else int(config.momentum > 0)
+    batch = min(config.batch_size + 1, num_examples)  # a last batch of one joins the batch before it
+    num_sent, stop = 0, int(s["stop"])
+    if s["upload"] != "none":
+        everything = num_examples * config.local_epochs
+        num_sent = everything if stop < 0 else min(everything, (stop - int(s["start"])) * batch)
+    return cost.peak_memory_bytes(batch, slots) + num_sent * 4 * torch.Size(plan.shape).numel()
+
+
 def _objective(task: Task, has_own_loss: bool) -> Objective:
     if task.examples is None:
         return _tested(task)
@@ -81,10 +106,13 @@ class _Worker:
         half, s = self.half, self.settings
         if s.get("renew", False):
             half.renew_optimizer()
+        # Its own progress says the rate: a client that comes late catches up while the others' is on schedule.
+        half.set_rate(self.task.train.learning_rate)
         while half.rounds_done < int(s.get("local-rounds", 0)):
             self._steps(half.rounds_done + 1, 0, -1, "none")
             half.rounds_done += 1
             self.task.save_draft(half.export())
+        half.set_rate(float(s["learning-rate"]))
         if int(s["round"]) > half.rounds_done:
             self._global_round(int(s["round"]))
         metrics = {"loss": sum(self.losses) / len(self.losses)} if self.losses and self.has_own_loss else {}
@@ -130,9 +158,9 @@ class _Worker:
             loss = pulled if loss is None else loss + pulled
         self.num_seen += len(y)
         if loss is None:
-            self.macs += len(y) * half.plan.macs[0]
+            self.macs += len(y) * half.plan.cost.macs
             return
-        self.macs += len(y) * (half.plan.head_macs if self.has_own_loss else half.plan.macs)[1]
+        self.macs += len(y) * (half.plan.cost_with_head if self.has_own_loss else half.plan.cost).train_macs
         half.optimizer.zero_grad()
         loss.backward()
         if self.task.train.max_grad_norm:
@@ -169,7 +197,7 @@ class _Worker:
         for step, index in enumerate(order, first):
             x, y = self.half.examples.batch(index)
             self._keep(self.half.part(x), y, step)
-            self.macs += len(y) * self.half.plan.macs[0]
+            self.macs += len(y) * self.half.plan.cost.macs
 
     def _keep(self, activations: Tensor, labels: Tensor, step: int) -> None:
         self.uploaded.activations.append(activations.detach().cpu())
