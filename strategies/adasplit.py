@@ -276,6 +276,10 @@ class AdaSplit(SubModelStrategy):
         """Pass uploaded test activations through the client's masked server half."""
         return report if self.config.evaluate == "client" else self.tests.judge(report, self.server)
 
+    def close(self) -> None:
+        """End the server's training beside the clients, in the middle if the run failed."""
+        self.replay.close()
+
     def export_state(self) -> dict[str, Any]:
         """Masks, optimisers, the bandit, and uploads that wait."""
         return {

@@ -128,9 +128,9 @@ class SubModelStrategy(Hooks, Strategy):
                 self._keep(exchange)
         finally:
             transport.close()
-            for store in (exchange.shelf, self._versions):
-                if store is not None:
-                    store.close()
+            for held in (self, exchange.shelf, self._versions):
+                if held is not None:
+                    held.close()
         result.arrays = ArrayRecord(progress.state)
         return result
 

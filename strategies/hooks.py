@@ -114,6 +114,9 @@ class Hooks:
         """
         return report
 
+    def close(self) -> None:
+        """Give back threads and files; called once at the end of a run, however it ended."""
+
     def export_state(self) -> dict[str, Any]:
         """The method's own state for a checkpoint: JSON values, and tensors in dicts."""
         return {}

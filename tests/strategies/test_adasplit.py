@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,6 +298,28 @@ def test_a_run_killed_in_the_global_phase_goes_on_with_masks_optimisers_bandit_a
     assert equal_states(final_state(tmp_path / "second"), final_state(tmp_path / "whole"))
     assert equal_states(masks(tmp_path / "second"), masks(tmp_path / "whole"))
     assert without_timings(rows)[-6:] == without_timings(whole)[-6:]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_no_thread_of_the_server_outlives_a_run_however_it_ends(is_killed, monkeypatch, tmp_path):
+    num_started = 0
+    start = ThreadPoolExecutor.submit
+
+    def submit(pool: ThreadPoolExecutor, *work: Any) -> Any:
+        nonlocal num_started
+        num_started += pool._thread_name_prefix == "replay"
+        return start(pool, *work)
+
+    def kill(instruction: Instruction) -> Report:
+        if is_killed and num_started and instruction.action == "train":
+            raise ServerKilledError
+        return handle(instruction)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(ServerKilledError) if is_killed else nullcontext():
+        adasplit(tmp_path, kill, adasplit__segments=2, num_rounds=2)
+    assert num_started
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("replay")]
 
 
 @pytest.mark.parametrize(
