@@ -8,6 +8,7 @@ is ours: docs/fidelity.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class AdaSplitConfig:
     Attributes
     ----------
     cut : last layer on the client; for zoo models also the number of blocks there.
-    kappa : share of the rounds that are local, in (0, 1).
+    kappa : share of the rounds that are local, in [0, 1); less than one round is none, with a warning unless it is 0.
     eta : share of the clients that may upload per decision, in (0, 1].
     selection : ``ucb``, ``random``, ``round-robin`` or ``all``.
     gamma : the bandit's discount, in (0, 1].
@@ -91,8 +92,7 @@ class AdaSplitConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        why = "in (0, 1): at 0 no round is local, at 1 the server learns nothing"
-        require(0 < self.kappa < 1, "kappa", self.kappa, why)
+        require(0 <= self.kappa < 1, "kappa", self.kappa, "in [0, 1): at 1 the server learns nothing")
         require(0 < self.eta <= 1, "eta", self.eta, "in (0, 1]")
         require(0 < self.gamma <= 1, "gamma", self.gamma, "in (0, 1]")
         require(self.segments >= 1, "segments", self.segments, ">= 1")
@@ -150,6 +150,13 @@ class AdaSplit(SubModelStrategy):
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Nobody until the last local round, whose one request covers all of them; then the first stretch."""
+        if server_round == 1 and self.num_local == 0 < self.config.kappa:
+            num_rounds = self.setting.job.num_rounds
+            self.warn(
+                1,
+                f"adasplit.kappa = {self.config.kappa:g} of {num_rounds} rounds is less than one: there is no local "
+                f"phase; set it to {math.ceil(1000 / num_rounds) / 1000:g} or more for one, to 0 if none is wanted",
+            )
         if server_round < self.num_local:
             return {}
         self.replay.start()

@@ -379,7 +379,7 @@ def test_the_servers_half_is_clipped_too(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"adasplit__kappa": 0.0}, r"kappa: got 0.0, expected in \(0, 1\)"),
+        ({"adasplit__kappa": -0.1}, r"kappa: got -0.1, expected in \[0, 1\)"),
         ({"adasplit__kappa": 1.0}, "the server learns nothing"),
         ({"adasplit__eta": 0.0}, r"eta: got 0.0, expected in \(0, 1\]"),
         ({"adasplit__eta": 1.2}, r"eta: got 1.2, expected in \(0, 1\]"),
@@ -398,6 +398,19 @@ def test_the_servers_half_is_clipped_too(tmp_path):
 def test_what_cannot_work_is_refused_before_anything_is_trained(settings, reason, tmp_path):
     with pytest.raises(ConfigError, match=reason):
         adasplit(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(("kappa", "warns"), [(0.0, False), (0.3, True), (0.5, False)])
+def test_a_share_of_less_than_a_round_says_that_there_is_no_local_phase(kappa, warns, tmp_path):
+    rows = adasplit(tmp_path, adasplit__kappa=kappa, num_rounds=2)
+    messages = [row["message"] for row in select(rows, "warning")]
+    assert len(messages) == warns
+    assert all("no local phase; set it to 0.5 or more" in message for message in messages)
+    num_global = 2 if kappa < 0.5 else 1
+    assert {row["server_round"] for row in select(rows, "arrival") if row["upload_bytes"]} == {
+        *range(3 - num_global, 3)
+    }
+    assert len(select(rows, "merge")) == 2
 
 
 def test_a_resumed_run_may_not_move_the_end_of_the_local_phase(tmp_path):
