@@ -11,6 +11,7 @@ import torch
 
 from client_app.handler import handle
 from server_app.checkpoint import load_checkpoint
+from strategies.split.masks import MaskConfig
 from tests.runs import equal_states, final_state, select, tiny_run, without_timings
 from wire.message import Instruction, Report
 
@@ -65,6 +66,18 @@ def test_fp16_halves_the_values_sent_and_hardly_moves_the_result(tmp_path):
     assert 0.5 * found["fp32"]["upload_bytes"] < found["fp16"]["upload_bytes"] < 0.56 * found["fp32"]["upload_bytes"]
     assert found["fp16"]["loss"] == pytest.approx(found["fp32"]["loss"], rel=0.01)
     assert found["fp16"]["loss"] != found["fp32"]["loss"]
+
+
+def test_hard_masks_at_their_defaults_mask_a_part_of_their_own_for_every_client_and_the_model_still_learns(tmp_path):
+    settings = {"adasplit__eta": 1.0, "train__local_epochs": 4, "adasplit__segments": 1}
+    rows = adasplit(tmp_path / "hard", **settings, adasplit__mask__kind="hard")
+    clients = load_checkpoint(tmp_path / "hard")[1]["server"]["clients"].values()
+    is_masked = torch.stack([torch.sigmoid(client["logits"]) < MaskConfig().threshold for client in clients])
+    assert all(0.05 < float(share) < 0.98 for share in is_masked.float().mean(1))
+    assert not torch.equal(is_masked[0], is_masked[1])
+    unmasked = adasplit(tmp_path / "none", **settings, adasplit__mask__kind="none")
+    accuracies = [select(run, "evaluation")[-1]["accuracy"] for run in (rows, unmasked)]
+    assert accuracies[0] > accuracies[1] - 0.1
 
 
 class ServerKilledError(BaseException):
