@@ -16,7 +16,7 @@ from torch.nn import functional
 from client_app.batches import flip_shift, local_batches
 from client_app.data import Examples, job_examples
 from client_app.meter import MemoryMeter
-from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective
+from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, own_need
 from client_app.site import NOWHERE, Site
 from client_app.store import ClientStore
 from pruning.compress import sparsify
@@ -79,8 +79,11 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
         return _evaluate(instruction, task, test.to(device))
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
-    if not instruction.is_partial:  # of a part, the whole model's memory says nothing
-        site.check_memory(cost.peak_memory_bytes(min(job.train.batch_size, len(train)), int(job.train.momentum > 0)))
+    if site.memory_bytes:
+        needed = own_need(instruction.objective, task)
+        if needed is None:
+            needed = cost.peak_memory_bytes(min(job.train.batch_size, len(train)), int(job.train.momentum > 0))
+        site.check_memory(needed)
     return _train(instruction, job, task, cost, store, memory)
 
 

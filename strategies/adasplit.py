@@ -8,8 +8,9 @@ is ours: docs/fidelity.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +29,13 @@ from strategies.split.halves import (
     count_of,
     halves_of,
     merged,
-    tested,
 )
 from strategies.split.masks import MaskConfig
 from strategies.split.orchestrator import SELECTIONS
 from strategies.split.replay import Replay, as_work
 from strategies.split.schedule import num_local_rounds
 from strategies.split.server import SplitServer
+from strategies.split.server_tests import ServerTests
 from wire.activations import PRECISIONS, ActivationError
 from wire.flat import ConfigError, Scalar, require
 from wire.message import Report
@@ -51,7 +52,7 @@ class AdaSplitConfig:
     Attributes
     ----------
     cut : last layer on the client; for zoo models also the number of blocks there.
-    kappa : share of the rounds that are local, in (0, 1).
+    kappa : share of the rounds that are local, in [0, 1); less than one round is none, with a warning unless it is 0.
     eta : share of the clients that may upload per decision, in (0, 1].
     selection : ``ucb``, ``random``, ``round-robin`` or ``all``.
     gamma : the bandit's discount, in (0, 1].
@@ -59,7 +60,8 @@ class AdaSplitConfig:
         finish their round, then pass their data through once).
     segments : decisions a round, of ``segment``.
     precision : of activations on the wire, ``fp32`` or ``fp16``.
-    max_upload_bytes : of the activations of one upload, counted dense in fp32; a longer one is split.
+    max_upload_bytes : of the activations of one upload, counted dense in fp32; a longer one is split, in training and
+        in tests.
     pipeline : the server trains on one stretch while the clients make the next (not in ``exact``).
     client_sync : ``none``, ``average`` (client halves, every round) or ``handoff`` (each step begins with the weights
         of the client before; only with ``exact``).
@@ -90,8 +92,7 @@ class AdaSplitConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        why = "in (0, 1): at 0 no round is local, at 1 the server learns nothing"
-        require(0 < self.kappa < 1, "kappa", self.kappa, why)
+        require(0 <= self.kappa < 1, "kappa", self.kappa, "in [0, 1): at 1 the server learns nothing")
         require(0 < self.eta <= 1, "eta", self.eta, "in (0, 1]")
         require(0 < self.gamma <= 1, "gamma", self.gamma, "in (0, 1]")
         require(self.segments >= 1, "segments", self.segments, ">= 1")
@@ -134,6 +135,7 @@ class AdaSplit(SubModelStrategy):
             )
         self.num_local = num_local_rounds(c.kappa, self.setting.job.num_rounds)
         self.talk = Conversation(c.exchange, c.segments, max_steps, c.selection, c.eta, c.gamma, self.seed)
+        self.tests = ServerTests(self.halves, c.max_upload_bytes, self.setting.own_classes)
         self.is_synced = False
 
     def check(self) -> None:
@@ -148,6 +150,13 @@ class AdaSplit(SubModelStrategy):
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Nobody until the last local round, whose one request covers all of them; then the first stretch."""
+        if server_round == 1 and self.num_local == 0 < self.config.kappa:
+            num_rounds = self.setting.job.num_rounds
+            self.warn(
+                1,
+                f"adasplit.kappa = {self.config.kappa:g} of {num_rounds} rounds is less than one: there is no local "
+                f"phase; set it to {math.ceil(1000 / num_rounds) / 1000:g} or more for one, to 0 if none is wanted",
+            )
         if server_round < self.num_local:
             return {}
         self.replay.start()
@@ -262,22 +271,21 @@ class AdaSplit(SubModelStrategy):
         self.drain()
         is_here = self.config.evaluate == "client"
         takes = self.is_synced and self.config.client_sync == "average"
+        piece = {} if is_here else self.tests.wish(partition_id, self.progress.server_round)
         return Order(
             objective="contrastive",
-            settings=self._settings(partition_id, self.progress.server_round) | {"take-weights": takes},
+            settings=self._settings(partition_id, self.progress.server_round) | piece | {"take-weights": takes},
             companions=(lambda: self.server.state_for(partition_id)) if is_here else dict,
             travels=(lambda key: key in self.halves.client_keys) if takes else (lambda key: False),
         )
 
-    def judge(self, report: Report) -> Report:
+    def judge(self, report: Report) -> Report | None:
         """Pass uploaded test activations through the client's masked server half."""
-        if self.config.evaluate == "client":
-            return report
-        (step,) = self.halves.unpack(report.companions)
-        logits = [self.server.logits(report.partition_id, part) for part in step.activations.split(512)]
-        return replace(
-            report, metrics=tested(logits, step.labels, report.label_counts, self.setting.own_classes), companions={}
-        )
+        return report if self.config.evaluate == "client" else self.tests.judge(report, self.server)
+
+    def close(self) -> None:
+        """End the server's training beside the clients, in the middle if the run failed."""
+        self.replay.close()
 
     def export_state(self) -> dict[str, Any]:
         """Masks, optimisers, the bandit, and uploads that wait."""

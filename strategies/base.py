@@ -35,7 +35,7 @@ from strategies.shelf import Shelf
 from strategies.transport import over_grid
 from strategies.versions import VersionStore
 from wire.flat import refuse
-from wire.message import Failure, Instruction, Report
+from wire.message import Failure, Instruction
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +128,9 @@ class SubModelStrategy(Hooks, Strategy):
                 self._keep(exchange)
         finally:
             transport.close()
-            for store in (exchange.shelf, self._versions):
-                if store is not None:
-                    store.close()
+            for held in (self, exchange.shelf, self._versions):
+                if held is not None:
+                    held.close()
         result.arrays = ArrayRecord(progress.state)
         return result
 
@@ -382,10 +382,10 @@ class SubModelStrategy(Hooks, Strategy):
                 companions=order.companions(),
             )
 
-        def turn_away(report: Report, error: ValueError) -> None:
-            self.warn(server_round, f"the test of client {report.partition_id} was turned away: {error}")
+        def turn_away(pid: int, error: ValueError) -> None:
+            self.warn(server_round, f"the test of client {pid} was turned away: {error}")
 
-        return ask_tests(exchange, [instruct(pid) for pid in free], self.judge, turn_away)
+        return ask_tests(exchange, free, instruct, self.judge, turn_away)
 
     # --- Flower's own loop is not used ------------------------------------------------------------------------------
 

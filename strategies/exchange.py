@@ -13,13 +13,15 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fleet.clock import Duration, DurationModel, VirtualClock
 from pruning.spec import SubModelSpec
 from strategies.shelf import Shelf
 from strategies.travel import TravelModel
 from wire.message import Failure, Instruction, Report, payload_bytes
+
+Taken = TypeVar("Taken")
 
 
 class Transport(Protocol):
@@ -246,9 +248,12 @@ class Exchange:
         since = max(sent, self._last_answer) if self.is_virtual else sent
         return time.monotonic() - since > self.reply_timeout_s
 
-    def ask_aside(self, instructions: Sequence[Instruction]) -> list[Report | Failure]:
-        """Ask beside the ledger and the clock (evaluations); returns the answers in the order asked."""
-        waiting, asked, answers = deque(instructions), dict[int, float](), dict[int, Report | Failure]()
+    def ask_aside(self, instructions: Sequence[Instruction], take: Callable[[Report | Failure], Taken]) -> list[Taken]:
+        """Ask beside the ledger and the clock (evaluations); returns the answers in the order asked.
+
+        ``take`` is given each answer when it comes, in no order: what it does not return is not held until the last.
+        """
+        waiting, asked, answers = deque(instructions), dict[int, float](), dict[int, Taken]()
         while waiting or asked:
             while waiting and len(asked) + len(self._under_way) < max(self.transport.window, len(self._under_way) + 1):
                 asked[waiting[0].dispatch] = time.monotonic()
@@ -256,7 +261,7 @@ class Exchange:
             for answer in self._receive(1.0):
                 if answer.dispatch in asked:
                     del asked[answer.dispatch]
-                    answers[answer.dispatch] = answer
+                    answers[answer.dispatch] = take(answer)
                 else:
                     self._accept(answer)
             for dispatch in [d for d, sent in asked.items() if self._is_overdue(sent)]:

@@ -107,9 +107,15 @@ class Hooks:
         """What a client would deploy, and what it needs to be asked to test it."""
         return Order()
 
-    def judge(self, report: Report) -> Report:
-        """Finish a client's test that it could only begin; a ``ValueError`` leaves the client out."""
+    def judge(self, report: Report) -> Report | None:
+        """Finish a client's test that it could only begin; a ``ValueError`` leaves the client out.
+
+        None: the test goes on, ``evaluation_order`` says how. Called as answers come, in no order.
+        """
         return report
+
+    def close(self) -> None:
+        """Give back threads and files; called once at the end of a run, however it ended."""
 
     def export_state(self) -> dict[str, Any]:
         """The method's own state for a checkpoint: JSON values, and tensors in dicts."""

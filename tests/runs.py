@@ -40,8 +40,8 @@ OWN: dict[str, dict[str, Any]] = {
     "fedbuff": {"fedbuff.buffer": 3},
     "depthfl": {"model.exits": True, "depthfl.ramp-up-rounds": 3},
     "scalefl": {"model.exits": True, "scalefl.distillation-start": 2},
-    # the local phase is a share of the rounds: here always short, so that a resumed run may have more rounds
-    "adasplit": {"adasplit.kappa": 0.1, "adasplit.segments": 1, "adasplit.eta": 1.0, "train.momentum": 0.0},
+    # the local phase is a share of the rounds: here none, so that a resumed run may have more rounds
+    "adasplit": {"adasplit.kappa": 0.0, "adasplit.segments": 1, "adasplit.eta": 1.0, "train.momentum": 0.0},
     "fedrolex": {"fedrolex.rates": "1,0.5,0.25"},  # a sixteenth of the units needs more than ten rounds
 }
 """What a method needs beyond ``TINY``, or instead of it."""

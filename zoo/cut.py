@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pruning.cost import measure_costs
+from pruning.cost import Cost, measure_costs
 from pruning.groups import Layout
 from pruning.spec import FULL
 from zoo.chain import BlockChain
@@ -162,10 +162,9 @@ def smashed_shape(client: Part, image_shape: Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
-def macs_of(model: nn.Module, sample_shape: Sequence[int]) -> tuple[int, int]:
-    """(forward, forward and backward) multiply-accumulates per sample of a model without storage, from its shapes.
+def cost_of(model: nn.Module, sample_shape: Sequence[int]) -> Cost:
+    """What a model without storage costs, from its shapes.
 
     No gradient flows into the input.
     """
-    cost = measure_costs(model, Layout(()), torch.empty(2, *sample_shape, device="meta")).of(FULL)
-    return cost.macs, cost.train_macs
+    return measure_costs(model, Layout(()), torch.empty(2, *sample_shape, device="meta")).of(FULL)

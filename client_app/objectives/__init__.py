@@ -20,7 +20,7 @@ from client_app.objectives.masks import mask_learning
 from client_app.objectives.nested import nested
 from client_app.objectives.ordered_dropout import ordered_dropout
 from client_app.objectives.sparsity import sparse
-from client_app.objectives.split import contrastive, split
+from client_app.objectives.split import contrastive, contrastive_bytes, split, split_bytes
 from wire.flat import nearest
 
 Kind = TypeVar("Kind")
@@ -47,6 +47,16 @@ CORRECTIONS: Mapping[str, Callable[[Task, Objective], Objective]] = {
     "variates": variates,
 }
 """Every correction by the name that instructions use; ``train.sparsity`` adds ``sparse`` by itself."""
+
+
+NEEDS: Mapping[str, Callable[[Task], int]] = {"contrastive": contrastive_bytes, "split": split_bytes}
+"""Base -> bytes of memory at its peak, where it trains something else than the task's model."""
+
+
+def own_need(name: str, task: Task) -> int | None:
+    """Bytes of memory that the named objective needs at its peak; None where the task's model tells."""
+    price = NEEDS.get(name.split("+")[0])
+    return None if price is None else price(task)
 
 
 def make_objective(name: str, task: Task) -> Objective:
@@ -85,4 +95,5 @@ __all__ = [
     "Task",
     "last_logits",
     "make_objective",
+    "own_need",
 ]

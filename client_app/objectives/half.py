@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from client_app.batches import batches, flip_shift
 from client_app.data import Examples
 from client_app.objectives.base import ObjectiveError, Task
+from pruning.cost import Cost
 from wire.training import make_saved_optimizer
-from zoo.cut import CutModel, Part, cut_model, macs_of, smashed_shape
+from zoo.cut import CutModel, Part, cost_of, cut_model, smashed_shape
 
 HEAD_CHANNELS, HEAD_NEURONS, FEATURES = 128, 256, 64
 
@@ -32,14 +33,14 @@ class Plan:
     ----------
     cut : the model without storage, cut.
     shape : of one sample's activations at the cut.
-    macs : (forward, forward and backward) of the client's half per sample.
-    head_macs : the same of half and head together.
+    cost : of the client's half.
+    cost_with_head : of half and head together.
     """
 
     cut: CutModel
     shape: tuple[int, ...]
-    macs: tuple[int, int]
-    head_macs: tuple[int, int]
+    cost: Cost
+    cost_with_head: Cost
 
 
 @lru_cache(maxsize=8)
@@ -50,7 +51,7 @@ def plan_of(full: nn.Module, layer: str, image_shape: tuple[int, ...]) -> Plan:
     half = copy.deepcopy(cut.client)
     with torch.device("meta"):
         together = nn.Sequential(half, make_head(shape))
-    return Plan(cut, shape, macs_of(half, image_shape), macs_of(together, image_shape))
+    return Plan(cut, shape, cost_of(half, image_shape), cost_of(together, image_shape))
 
 
 class Tokens(nn.Module):

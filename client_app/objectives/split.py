@@ -2,7 +2,8 @@
 
 Settings, beside those of ``half.Half``:
 
-``local-rounds``  rounds that the client trains on its own before anything crosses the network
+``local-rounds``  rounds that the client trains on its own before anything crosses the network, at the run's first
+                  learning rate, whenever it makes them
 ``round``         the present round; the client makes its steps ``start`` to ``stop`` (-1: to the end)
 ``upload``        ``none``, ``before`` (the activations of each step, before its update) or ``after`` (trains to the end
                   of the round first, then passes the batches through once more)
@@ -14,6 +15,7 @@ Settings, beside those of ``half.Half``:
 ``send-weights``  ``never``, ``end`` (when the round's last update is made) or ``always``
 ``take-weights``, ``renew``   begin with the weights that came along; forget the optimiser's moments
 ``labels``        number of classes, for the width of the labels on the wire
+``test-start``, ``test-stop``   of a test: the samples whose activations are sent now; absent: all
 """
 
 from __future__ import annotations
@@ -44,6 +46,30 @@ def contrastive(task: Task) -> Objective:
 def split(task: Task) -> Objective:
     """The client learns from the server's gradient alone (Gupta and Raskar 2018; Vepakomma et al. 2018)."""
     return _objective(task, has_own_loss=False)
+
+
+def contrastive_bytes(task: Task) -> int:
+    """What ``contrastive`` needs in memory at its peak: half and head under training, and the activations it sends."""
+    return _peak_bytes(task, has_own_loss=True)
+
+
+def split_bytes(task: Task) -> int:
+    """What ``split`` needs in memory at its peak: the half under training, and the activations it sends."""
+    return _peak_bytes(task, has_own_loss=False)
+
+
+def _peak_bytes(task: Task, has_own_loss: bool) -> int:
+    assert task.examples is not None
+    num_examples, config, s = len(task.examples), task.train, task.settings
+    plan = plan_of(task.full, str(s["cut"]), tuple(task.examples.x.shape[1:]))
+    cost = plan.cost_with_head if has_own_loss else plan.cost
+    slots = 2 if config.optimizer == "adam" else int(config.momentum > 0)
+    batch = min(config.batch_size + 1, num_examples)  # a last batch of one joins the batch before it
+    num_sent, stop = 0, int(s["stop"])
+    if s["upload"] != "none":
+        everything = num_examples * config.local_epochs
+        num_sent = everything if stop < 0 else min(everything, (stop - int(s["start"])) * batch)
+    return cost.peak_memory_bytes(batch, slots) + num_sent * 4 * torch.Size(plan.shape).numel()
 
 
 def _objective(task: Task, has_own_loss: bool) -> Objective:
@@ -80,10 +106,13 @@ class _Worker:
         half, s = self.half, self.settings
         if s.get("renew", False):
             half.renew_optimizer()
+        # Its own progress says the rate: a client that comes late catches up while the others' is on schedule.
+        half.set_rate(self.task.train.learning_rate)
         while half.rounds_done < int(s.get("local-rounds", 0)):
             self._steps(half.rounds_done + 1, 0, -1, "none")
             half.rounds_done += 1
             self.task.save_draft(half.export())
+        half.set_rate(float(s["learning-rate"]))
         if int(s["round"]) > half.rounds_done:
             self._global_round(int(s["round"]))
         metrics = {"loss": sum(self.losses) / len(self.losses)} if self.losses and self.has_own_loss else {}
@@ -129,9 +158,9 @@ class _Worker:
             loss = pulled if loss is None else loss + pulled
         self.num_seen += len(y)
         if loss is None:
-            self.macs += len(y) * half.plan.macs[0]
+            self.macs += len(y) * half.plan.cost.macs
             return
-        self.macs += len(y) * (half.plan.head_macs if self.has_own_loss else half.plan.macs)[1]
+        self.macs += len(y) * (half.plan.cost_with_head if self.has_own_loss else half.plan.cost).train_macs
         half.optimizer.zero_grad()
         loss.backward()
         if self.task.train.max_grad_norm:
@@ -168,7 +197,7 @@ class _Worker:
         for step, index in enumerate(order, first):
             x, y = self.half.examples.batch(index)
             self._keep(self.half.part(x), y, step)
-            self.macs += len(y) * self.half.plan.macs[0]
+            self.macs += len(y) * self.half.plan.cost.macs
 
     def _keep(self, activations: Tensor, labels: Tensor, step: int) -> None:
         self.uploaded.activations.append(activations.detach().cpu())
@@ -228,12 +257,15 @@ def _tested(task: Task) -> Objective:
     @torch.no_grad()
     def upload(examples: Examples) -> Findings:
         part = _half(task, examples).part.eval()
-        made = [part(examples.batch(slice(i, i + TEST_BATCH))[0]) for i in range(0, len(examples), TEST_BATCH)]
+        start = int(task.settings.get("test-start", 0))
+        stop = min(int(task.settings.get("test-stop", len(examples))), len(examples))
+        cuts = range(start, stop, TEST_BATCH)
+        made = [part(examples.batch(slice(i, min(i + TEST_BATCH, stop)))[0]) for i in cuts]
         activations = torch.cat(made).cpu()
         packed = pack_upload(
             encode(activations, str(task.settings["precision"])),
-            examples.y.cpu().to(label_type(int(task.settings["labels"]))),
-            torch.tensor([(0, len(examples))], dtype=torch.int32),
+            examples.y[start:stop].cpu().to(label_type(int(task.settings["labels"]))),
+            torch.tensor([(start, stop - start)], dtype=torch.int32),
         )
         return Findings(companions=packed)
 

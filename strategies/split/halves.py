@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,14 +165,3 @@ def merged(state: dict[str, Tensor], num_clients: int) -> AggregateResult:
     """A merge that was no mean: ``num_clients`` took part in all of it."""
     holders = {key: torch.tensor(float(num_clients)) for key in state}
     return AggregateResult(state, holders, holders, float(num_clients), num_clients)
-
-
-def tested(logits: Sequence[Tensor], labels: Tensor, label_counts: Sequence[int], own_classes: bool) -> dict[str, Any]:
-    """Loss and accuracy of one client's test."""
-    answers = torch.cat(list(logits))
-    if own_classes:
-        answers = answers.masked_fill(torch.tensor(label_counts) == 0, -1e4)
-    return {
-        "loss": float(torch.nn.functional.cross_entropy(answers, labels)),
-        "accuracy": int((answers.argmax(1) == labels).sum()) / len(labels),
-    }

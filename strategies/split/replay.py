@@ -49,6 +49,7 @@ class Replay:
         self._losses: dict[int, list[float]] | None = None
         self._future: Future[dict[int, list[float]]] | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._is_closed = False
 
     def put(self, work: Sequence[Work], learning_rate: float, server_round: int) -> None:
         """Queue work; what was put before must have been collected."""
@@ -83,7 +84,8 @@ class Replay:
         return losses or {}
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, after the step that it is at; the rest of its work is lost."""
+        self._is_closed = True
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
@@ -91,6 +93,8 @@ class Replay:
     def _run(self, job: Sequence[Work]) -> dict[int, list[float]]:
         losses: dict[int, list[float]] = {}
         for item in job:
+            if self._is_closed:
+                break
             place = (self.seed, self._round, item.step, item.partition_id)
             loss, gradient = self.server.step(
                 item.partition_id, item.activations, item.labels, self._rate, place, self.wants_gradients

@@ -185,7 +185,7 @@ class SplitServer:
         if self.masks.kind == "none" or not len(self.weights):
             return Served(None, None, buffers)
         logits = torch.full_like(self.weights, self.masks.start) if raw is None else raw["logits"].clone()
-        optimizer = torch.optim.Adam([logits], lr=self.masks.learning_rate, fused=True)
+        optimizer = torch.optim.Adam([logits], lr=self.masks.rate_in_force, fused=True)
         if raw is not None:
             optimizer.load_state_dict(raw["optimizer"])
         return Served(logits, optimizer, buffers)

@@ -133,8 +133,10 @@ def test_a_share_that_is_no_data_is_an_error_that_says_what_it_is(tmp_path, cont
         read_share(str(tmp_path / "bad.npz"), 3)
 
 
-def test_a_sub_model_that_does_not_fit_the_owners_memory_is_refused_before_training(site, tmp_path):
+@pytest.mark.parametrize("is_partial", [False, True], ids=["", "though some of its entries stay on the client"])
+def test_a_sub_model_that_does_not_fit_the_owners_memory_is_refused_before_training(is_partial, site, tmp_path):
     small = replace(site, data=str(share(tmp_path / "mine.npz")), memory_bytes=10_000)
     model, _ = get_model("mlp", 3, 1, 8)
+    asked = Instruction("train", 0, 0, 1, 0, with_data(partition="own"), model.state_dict(), is_partial=is_partial)
     with pytest.raises(SiteError, match="owner allows 10000"):
-        handle(Instruction("train", 0, 0, 1, 0, with_data(partition="own"), model.state_dict()), small)
+        handle(asked, small)

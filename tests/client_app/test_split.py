@@ -10,10 +10,12 @@ import torch
 
 from client_app.handler import handle
 from client_app.objectives.half import make_head
+from client_app.site import NOWHERE, Site, SiteError
 from client_app.store import ClientStore
 from tests.client_app.conftest import MakeInstruction
 from wire.message import DataConfig, Instruction, Report
 from wire.smashed import unpack_upload
+from zoo import get_model
 
 SETTINGS: dict[str, Any] = {
     "cut": "1",
@@ -35,9 +37,11 @@ SETTINGS: dict[str, Any] = {
 def ask(make_instruction: MakeInstruction, tmp_path):
     """Ask a client with a memory; each request goes on from the one before."""
     last = -1
+    site = NOWHERE
 
     def do(objective: str = "contrastive", train: dict[str, Any] | None = None, **changes: Any) -> Report:
-        nonlocal last
+        nonlocal last, site
+        site = changes.pop("site", NOWHERE)
         options = {"batch_size": 16, "optimizer": "adam", **(train or {})}
         plain = make_instruction("mlp", train=options, job={"store_dir": str(tmp_path)})
         settings = SETTINGS | {key.replace("_", "-"): value for key, value in changes.items() if key != "companions"}
@@ -52,7 +56,7 @@ def ask(make_instruction: MakeInstruction, tmp_path):
             companions=changes.get("companions", {}),
         )
         last += 1
-        return handle(request)
+        return handle(request, site)
 
     return do
 
@@ -123,6 +127,49 @@ def test_the_local_phase_goes_on_where_an_interrupted_client_left_it(ask, tmp_pa
     rest = ask(round=3, local_rounds=3)
     assert rest.train_macs == whole.train_macs / 3
     assert all(torch.equal(weights[key], memory(tmp_path, 2)["part"][key]) for key in weights)
+
+
+def test_a_client_that_was_away_in_the_local_phase_catches_up_as_if_it_had_not_been(ask, tmp_path):
+    """The others' rate is on schedule by then; a local round is made at the rate of the local phase."""
+    train = {"learning_rate": 0.01}
+    ask(round=3, local_rounds=3, train=train)
+    ask(round=4, local_rounds=3, learning_rate=0.001, train=train)
+    punctual = memory(tmp_path, 1)["part"]
+    for file in tmp_path.glob("*.pt"):
+        file.unlink()
+    ask(round=4, local_rounds=3, learning_rate=0.001, train=train)
+    late = memory(tmp_path, 2)["part"]
+    assert all(torch.equal(punctual[key], late[key]) for key in late)
+
+
+HALF, HEAD = 4 * (64 * 200 + 200), 4 * (200 * 256 + 256 + 256 * 64 + 64)
+ADAM = 4  # weights, gradients, two moments
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "least"),
+    [
+        ("contrastive", {"upload": "none"}, ADAM * (HALF + HEAD)),
+        ("split", {"stop": 1, "wait": True}, ADAM * HALF + 16 * 4 * 200),
+        ("contrastive", {"upload": "before", "stop": 2}, ADAM * (HALF + HEAD) + 32 * 4 * 200),
+    ],
+    ids=["the head counts", "no head without a loss of its own", "what is sent up counts"],
+)
+def test_a_half_that_does_not_fit_the_owners_memory_is_refused_before_training(
+    objective, changes, least, ask, tmp_path
+):
+    with pytest.raises(SiteError, match=f"owner allows {least}"):
+        ask(objective, site=Site(memory_bytes=least), **changes)  # the activations of a batch lack
+    assert not list(tmp_path.glob("*.pt"))
+    room = 17 * 4 * (64 + 3 * 200 + 3 * 256 + 64) + 17 * 4 * 200
+    assert ask(objective, site=Site(memory_bytes=least + room), **changes).num_examples
+
+
+def test_a_device_too_small_for_the_whole_model_trains_the_half_that_fits(ask):
+    """The server's half is no matter of the client's memory."""
+    limit = ADAM * HALF + 17 * 4 * (64 + 3 * 200)
+    assert limit < ADAM * 4 * sum(p.numel() for p in get_model("mlp", 10, 1, 8)[0].parameters())
+    assert ask("split", site=Site(memory_bytes=limit), stop=1, wait=True).companions
 
 
 def test_waiting_for_a_gradient_changes_nothing_and_the_gradient_then_moves_the_weights_as_it_should(ask, tmp_path):

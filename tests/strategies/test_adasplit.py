@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,9 @@ BASE: dict[str, Any] = {
     "adasplit__kappa": 0.6,
     "adasplit__segments": 4,
 }
+
+
+TWO_TESTS_OF_40: dict[str, Any] = {"num_clients": 2, "data__max_train": 400, "data__partition": "iid"}
 
 
 def adasplit(folder: Path, handler: Callable[[Instruction], Report] = handle, **settings: Any) -> list[dict[str, Any]]:
@@ -88,6 +94,55 @@ def test_no_upload_exceeds_its_bound(tmp_path):
 
     adasplit(tmp_path, spy, adasplit__max_upload_bytes=bound, adasplit__segments=1)
     assert 0 < max(seen) <= bound
+
+
+def test_a_long_test_comes_in_pieces_within_the_bound_and_finds_what_it_finds_at_once(tmp_path):
+    bound, seen = 17 * 4 * 200, []
+
+    def spy(instruction: Instruction) -> Report:
+        report = handle(instruction)
+        if instruction.action == "evaluate":
+            seen.append(len(report.companions["labels"]) * 4 * 200)
+        return report
+
+    settings = {"num_rounds": 2, **TWO_TESTS_OF_40, "evaluation__own_classes": True}
+    whole = select(adasplit(tmp_path / "whole", **settings), "evaluation")
+    pieces = select(adasplit(tmp_path / "pieces", spy, adasplit__max_upload_bytes=bound, **settings), "evaluation")
+    assert 0 < max(seen) <= bound
+    assert len(seen) == 2 * 3 * len(pieces)  # 40 samples of two clients each, 17 at a time
+    assert len(pieces) == len(whole)
+    for mine, theirs in zip(pieces, whole, strict=True):
+        assert mine["clients"] == theirs["clients"]
+        assert mine["num_examples"] == theirs["num_examples"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["upload_bytes"] >= theirs["upload_bytes"] > 0  # all pieces are counted
+
+
+@pytest.mark.parametrize("fault", ["too long", "another test", "dies", "signed by another"])
+def test_a_client_whose_test_goes_wrong_in_the_middle_is_left_out_and_the_others_are_not(fault, tmp_path):
+    num_asked = {0: 0, 1: 0}
+
+    def faulty(instruction: Instruction) -> Report:
+        report = handle(instruction)
+        if instruction.action != "evaluate":
+            return report
+        num_asked[instruction.partition_id] += 1
+        if instruction.partition_id == 0 or instruction.settings["test-start"] == 0:
+            return report
+        if fault == "dies":
+            raise RuntimeError("the battery is empty")
+        if fault == "too long":
+            everything = {**instruction.settings, "test-start": 0, "test-stop": 10**6}
+            return handle(replace(instruction, settings=everything))
+        return replace(report, **({"partition_id": 0} if fault == "signed by another" else {"num_examples": 10**6}))
+
+    rows = adasplit(tmp_path, faulty, num_rounds=2, **TWO_TESTS_OF_40, adasplit__max_upload_bytes=17 * 4 * 200)
+    assert [set(row["clients"]) for row in select(rows, "evaluation")] == [{"0"}, {"0"}]
+    assert num_asked == {0: 2 * 3, 1: 2 * 2}  # in two evaluations; after its fault it is asked no further
+    warnings = [row["message"] for row in select(rows, "warning")]
+    expected = {"too long": "test samples from 17 on", "another test": "became one of 1000000"}.get(fault)
+    assert all(expected in message for message in warnings) if expected else not warnings
+    assert len(warnings) == (2 if expected else 0)
 
 
 def test_frozen_uploads_cost_one_more_pass_and_fewest_requests(exact, tmp_path):
@@ -245,6 +300,28 @@ def test_a_run_killed_in_the_global_phase_goes_on_with_masks_optimisers_bandit_a
     assert without_timings(rows)[-6:] == without_timings(whole)[-6:]
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_no_thread_of_the_server_outlives_a_run_however_it_ends(is_killed, monkeypatch, tmp_path):
+    num_started = 0
+    start = ThreadPoolExecutor.submit
+
+    def submit(pool: ThreadPoolExecutor, *work: Any) -> Any:
+        nonlocal num_started
+        num_started += pool._thread_name_prefix == "replay"
+        return start(pool, *work)
+
+    def kill(instruction: Instruction) -> Report:
+        if is_killed and num_started and instruction.action == "train":
+            raise ServerKilledError
+        return handle(instruction)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(ServerKilledError) if is_killed else nullcontext():
+        adasplit(tmp_path, kill, adasplit__segments=2, num_rounds=2)
+    assert num_started
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("replay")]
+
+
 @pytest.mark.parametrize(
     ("metrics", "reason"),
     [
@@ -302,7 +379,7 @@ def test_the_servers_half_is_clipped_too(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"adasplit__kappa": 0.0}, r"kappa: got 0.0, expected in \(0, 1\)"),
+        ({"adasplit__kappa": -0.1}, r"kappa: got -0.1, expected in \[0, 1\)"),
         ({"adasplit__kappa": 1.0}, "the server learns nothing"),
         ({"adasplit__eta": 0.0}, r"eta: got 0.0, expected in \(0, 1\]"),
         ({"adasplit__eta": 1.2}, r"eta: got 1.2, expected in \(0, 1\]"),
@@ -321,6 +398,19 @@ def test_the_servers_half_is_clipped_too(tmp_path):
 def test_what_cannot_work_is_refused_before_anything_is_trained(settings, reason, tmp_path):
     with pytest.raises(ConfigError, match=reason):
         adasplit(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(("kappa", "warns"), [(0.0, False), (0.3, True), (0.5, False)])
+def test_a_share_of_less_than_a_round_says_that_there_is_no_local_phase(kappa, warns, tmp_path):
+    rows = adasplit(tmp_path, adasplit__kappa=kappa, num_rounds=2)
+    messages = [row["message"] for row in select(rows, "warning")]
+    assert len(messages) == warns
+    assert all("no local phase; set it to 0.5 or more" in message for message in messages)
+    num_global = 2 if kappa < 0.5 else 1
+    assert {row["server_round"] for row in select(rows, "arrival") if row["upload_bytes"]} == {
+        *range(3 - num_global, 3)
+    }
+    assert len(select(rows, "merge")) == 2
 
 
 def test_a_resumed_run_may_not_move_the_end_of_the_local_phase(tmp_path):

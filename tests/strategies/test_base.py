@@ -326,7 +326,7 @@ def test_what_is_asked_aside_takes_no_time_and_mixes_with_nothing():
     exchange._fill()
     aside = [Instruction("evaluate", 1000 + pid, pid, 1, 0, JOB, {}) for pid in (0, 1)]
     transport.ready = [Report(1001, 1, {}, 3), Report(number, 2, {}, 5), Report(1000, 0, {}, 4)]
-    assert [answer.dispatch for answer in exchange.ask_aside(aside)] == [1000, 1001]
+    assert [answer.dispatch for answer in exchange.ask_aside(aside, lambda answer: answer)] == [1000, 1001]
     assert exchange.now_s == 0
     arrival = exchange.next_arrival()
     assert arrival is not None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zoo import get_model
-from zoo.cut import CutError, cut_model, macs_of, smashed_shape, stages_of
+from zoo.cut import CutError, cost_of, cut_model, smashed_shape, stages_of
 
 SMALL = {
     "mlp": 8, "cnn": 8, "lenet": 8, "resnet8": 8, "resnet20": 8, "resnet18": 8, "resnet50": 8, "vgg11": 8,
@@ -53,7 +53,8 @@ def test_the_lenet_of_the_paper_has_its_smashed_data():
     assert smashed_shape(cut_model(model, "1").client, (3, 32, 32)) == (20, 16, 16)
     assert smashed_shape(cut_model(model, "3").client, (3, 32, 32)) == (800,)
     # 20 filters of 3 x 5 x 5 at 32 x 32 places; backward only to the weights
-    assert macs_of(cut_model(model, "1").client, (3, 32, 32)) == (20 * 75 * 1024, 2 * 20 * 75 * 1024)
+    cost = cost_of(cut_model(model, "1").client, (3, 32, 32))
+    assert (cost.macs, cost.train_macs) == (20 * 75 * 1024, 2 * 20 * 75 * 1024)
 
 
 def test_sequential_and_staged_models_of_ones_own_are_cut_by_the_names_of_their_layers():

@@ -12,6 +12,7 @@ from torch.nn import functional
 from strategies.split import masks
 from strategies.split.masks import MaskConfig, mask_gradients_, mask_weights, step_
 from strategies.split.server import SplitServer
+from wire.flat import ConfigError
 from wire.message import TrainConfig
 from zoo import get_model
 from zoo.cut import cut_model
@@ -52,7 +53,7 @@ def test_soft_gradients_are_autograds():
 
 def test_hard_masks_are_binary_straight_through_and_frozen_below_the_threshold():
     logits = torch.tensor([2.0, -2.0, -3.0, 0.0])  # sigmoid: .88, .12, .05, .5; threshold .1
-    config, chances = MaskConfig(kind="hard", penalty=0.0), torch.sigmoid(logits)
+    config, chances = MaskConfig(kind="hard", hard_penalty=0.0, threshold=0.1), torch.sigmoid(logits)
     gradient, weights = torch.ones(4), torch.full((4,), 2.0)
     seen, found = torch.empty(4), torch.empty(4)
     mask_weights(weights, logits, config, seen, found)
@@ -63,13 +64,26 @@ def test_hard_masks_are_binary_straight_through_and_frozen_below_the_threshold()
     slope = 2 * chances * (1 - chances)
     torch.testing.assert_close(found, torch.where(logits < -2.5, torch.zeros(4), slope))
     assert frozen is not None
-    assert frozen.tolist() == [2]
+    assert frozen.tolist() == [0, 0, 1, 0]
+
+
+def test_hard_masks_have_defaults_of_their_own_and_soft_ones_the_authors():
+    soft, hard = MaskConfig(), MaskConfig(kind="hard")
+    assert (soft.start, soft.penalty_in_force, soft.rate_in_force) == (2.0, 1e-4, 1e-3)
+    assert (hard.start, hard.penalty_in_force, hard.rate_in_force) == (2.0, 1e-6, 0.1)
+
+
+@pytest.mark.parametrize("settings", [{"start": 0.0}, {"threshold": 0.9}, {"start": -3.0, "threshold": 0.1}])
+def test_hard_masks_that_would_begin_and_so_stay_masked_are_refused(settings):
+    with pytest.raises(ConfigError, match=r"start: got .* the threshold's logit: what begins masked stays masked"):
+        MaskConfig(kind="hard", **settings)
+    assert MaskConfig(kind="soft", **settings)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_piece_by_piece_is_what_it_is_at_once(kind, monkeypatch):
     logits, weights, gradient = torch.randn(3, 100, generator=torch.Generator().manual_seed(0)) * 3
-    config, results = MaskConfig(kind=kind, penalty=0.1), []
+    config, results = MaskConfig(kind=kind, penalty=0.1, hard_penalty=0.1, threshold=0.1), []
     for piece in (100, 7):
         monkeypatch.setattr(masks, "PIECE", piece)
         seen, chances, towards = torch.empty(100), torch.empty(100), gradient.clone()
@@ -87,7 +101,7 @@ def test_where_nothing_is_held_neither_the_vector_nor_its_moments_move(optimizer
         made = torch.optim.Adam([vector], lr=0.1, fused=True)
     else:
         made = torch.optim.SGD([vector], lr=0.1, momentum=0.9, fused=True)
-    held, frozen = torch.tensor([True, False, True, False]), torch.tensor([1, 3])
+    held, frozen = torch.tensor([True, False, True, False]), torch.tensor([0.0, 1.0, 0.0, 1.0])
     step_(made, torch.ones(4), frozen)
     step_(made, torch.ones(4), None)  # moments exist now
     kept = [t.clone() for t in made.state[vector].values() if torch.is_tensor(t) and t.shape == vector.shape]
