@@ -143,7 +143,7 @@ def of_methods() -> list[dict[str, Any]]:
             rows.append({"what": what, "found": f"{row['found']:.2f}x" + (f" (aim: {bound})" if bound else "")})
     if split := load("split_server"):
         for row in split["results"]["rows"][1:]:
-            what = f"AdaSplit's server step under {row['mask']} masks / without"
+            what = f"AdaSplit's server step, masks {row['mask']} / without"
             rows.append({"what": what, "found": f"{row['ratio_to_unmasked']:.2f} of the samples a second (aim: .70)"})
     if speed := load("cos2p_speed"):
         for phase in ("weights", "masks"):

@@ -5,8 +5,8 @@ V_i are the client's own. With G the gradient of the loss with respect to the pr
 lambda * sum s::
 
     soft   m = s                 dU = G m      dV = (G U + lambda) s (1 - s)
-    hard   m = 1 where s >= threshold, else 0; the same dV (straight through), but what is 0 is frozen: neither U nor V
-           nor their optimisers' moments move there
+    hard   m = 1 where s >= threshold, else 0; the same dV (straight through), but what is 0 is frozen: neither U nor
+           its optimiser's moments move there in this client's steps, and V stays for good
     none   m = 1                 dU = G        no V
 
 All vectors are flat [num_weights]: what a step costs beside the network is passes over memory, so there are few,
@@ -150,6 +150,18 @@ def step_(optimizer: torch.optim.Optimizer, gradient: Tensor, frozen: Tensor | N
         before += [torch.zeros_like(vector)] * (len(after) - len(before))  # moments that this step made
         for tensor, old in zip(after, before, strict=True):
             tensor.lerp_(old, frozen)  # exactly either of the two, weights being 0 and 1
+
+
+def step_logits_(optimizer: torch.optim.Adam, gradient: Tensor, frozen: Tensor | None = None) -> None:
+    """One step of a mask's logits; a frozen one has no gradient, and without momentum either Adam leaves it alone.
+
+    It never moves again, so that its momentum may be forgotten: cheaper than putting back as ``step_`` does.
+    """
+    logits = optimizer.param_groups[0]["params"][0]
+    momentum = optimizer.state[logits].get("exp_avg")
+    if frozen is not None and momentum is not None:
+        momentum.addcmul_(momentum, frozen, value=-1)
+    step_(optimizer, gradient)
 
 
 def _moving(optimizer: torch.optim.Optimizer, vector: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from strategies.split.masks import MaskConfig, mask_gradients_, mask_weights, step_
+from strategies.split.masks import MaskConfig, mask_gradients_, mask_weights, step_, step_logits_
 from wire.message import TrainConfig
 from wire.training import make_saved_optimizer
 from zoo.cut import CutModel
@@ -37,7 +37,7 @@ class Served:
     """
 
     logits: Tensor | None
-    optimizer: torch.optim.Optimizer | None
+    optimizer: torch.optim.Adam | None
     buffers: dict[str, Tensor]
 
 
@@ -120,7 +120,7 @@ class SplitServer:
         if client.logits is not None and client.optimizer is not None:
             frozen = mask_gradients_(self.weights, self._chances, self._gradient, self.masks)
             step_(self._optimizers[0], self._gradient, frozen)
-            step_(client.optimizer, self._chances, frozen)
+            step_logits_(client.optimizer, self._chances, frozen)
         buffers = dict(self.module.named_buffers())
         client.buffers = {name: buffers[name].clone() for name in self._buffers}
         return float(loss.detach()), a.grad

@@ -77,5 +77,5 @@ def test_the_small_comparison_names_every_method_with_its_score(tmp_path, capsys
 @pytest.mark.slow
 def test_the_small_server_benchmark_measures_every_kind_of_mask(tmp_path, capsys):
     record = split_server.main(["--quick", "--out", str(tmp_path / "r.json")])
-    assert [row["mask"] for row in record["results"]["rows"]] == ["none", "soft", "hard"]
+    assert [row["mask"] for row in record["results"]["rows"]] == ["none", "soft", "hard", "hard, half off"]
     assert all(row["activations_of_one_stretch"] <= 3 * row["max_upload_bytes"] for row in record["results"]["memory"])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from strategies.split import masks
-from strategies.split.masks import MaskConfig, mask_gradients_, mask_weights, step_
+from strategies.split.masks import MaskConfig, mask_gradients_, mask_weights, step_, step_logits_
 from strategies.split.server import SplitServer
 from wire.flat import ConfigError
 from wire.message import TrainConfig
@@ -112,6 +112,18 @@ def test_where_nothing_is_held_neither_the_vector_nor_its_moments_move(optimizer
     for tensor, old in ((vector, before), *zip(moments, kept, strict=True)):
         assert torch.equal(tensor[~held], old[~held])
         assert not torch.equal(tensor[held], old[held])
+
+
+def test_a_logit_below_the_threshold_stays_for_good_whatever_its_momentum_was():
+    logits = torch.zeros(4)
+    made = torch.optim.Adam([logits], lr=0.1, fused=True)
+    frozen = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    step_logits_(made, torch.ones(4))
+    before = logits.clone()
+    for _ in range(3):
+        step_logits_(made, torch.ones(4) * (1 - frozen), frozen)
+    assert torch.equal(logits[frozen > 0], before[frozen > 0])
+    assert (logits[frozen == 0] < before[frozen == 0]).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
