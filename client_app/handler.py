@@ -16,16 +16,17 @@ from torch.nn import functional
 from client_app.batches import flip_shift, local_batches
 from client_app.data import Examples, job_examples
 from client_app.meter import MemoryMeter
-from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective
+from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, needed_memory
 from client_app.site import NOWHERE, Site
 from client_app.store import ClientStore
+from pruning.capability import Training
 from pruning.compress import sparsify
-from pruning.cost import Cost, measure_costs
+from pruning.cost import Cost, CostModel, measure_costs
 from pruning.extract import embed, extract, narrow, resize, shapes_of
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from wire.message import Instruction, Job, ModelConfig, Report, State, TrainConfig
-from wire.training import learning_rate, make_optimizer
+from wire.training import learning_rate, make_optimizer, optimizer_slots
 from zoo import get_model, model_names
 
 META = torch.device("meta")
@@ -79,8 +80,10 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
         return _evaluate(instruction, task, test.to(device))
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
-    if not instruction.is_partial:  # of a part, the whole model's memory says nothing
-        site.check_memory(cost.peak_memory_bytes(min(job.train.batch_size, len(train)), int(job.train.momentum > 0)))
+    if site.memory_bytes and not instruction.is_partial:  # of a part, the whole model's memory says nothing
+        training = Training(min(job.train.batch_size, len(train)), optimizer_slots(job.train))
+        measure = lambda spec: measured(resize(task.full, layout, spec), shape)  # noqa: E731
+        site.check_memory(needed_memory(instruction.objective, task, training, measure))
     return _train(instruction, job, task, cost, store, memory)
 
 
@@ -176,12 +179,17 @@ def sub_model(
 
 
 def price(model: nn.Module, shape: tuple[int, int, int]) -> Cost:
-    """What a model without storage costs, from one forward pass of an image of zeros.
+    """What a model without storage costs."""
+    return measured(model, shape).of(FULL)
+
+
+def measured(model: nn.Module, shape: tuple[int, int, int]) -> CostModel:
+    """Costs of a model without storage as a whole, from one forward pass of an image of zeros.
 
     On real memory: the first pass on ``meta`` loads PyTorch's compiler, 1.4 s and 70 MB in every fresh process.
     """
     zeros = {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in model.state_dict().items()}
-    return measure_costs(filled(model, zeros), Layout(()), torch.zeros(1, *shape)).of(FULL)
+    return measure_costs(filled(model, zeros), Layout(()), torch.zeros(1, *shape))
 
 
 def load(model: nn.Module, instruction: Instruction, device: torch.device) -> nn.Module:
@@ -206,7 +214,7 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
     config = task.train
     parameters = [*objective.model.parameters(), *objective.beside]
     optimizer = make_optimizer(config, parameters, task.learning_rate)
-    meter = MemoryMeter(objective.model, config.momentum > 0 or config.optimizer == "adam", objective.varies)
+    meter = MemoryMeter(objective.model, optimizer_slots(config), objective.varies)
     total_loss, num_correct, num_seen, num_steps = 0.0, 0, 0, 0
     for index in local_batches(len(train), config, task.generator, task.work_ratio):
         x, y = train.batch(index)

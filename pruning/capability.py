@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import floor
+from math import floor, prod
 
 import numpy as np
 
@@ -119,16 +119,36 @@ def sub_model_at(layout: Layout, groups: Sequence[Group], depth: int, width_rate
 def peak_memory_bytes(
     layout: Layout, cost: CostModel, groups: Sequence[Group], depth: int, width_rate: float, training: Training
 ) -> int:
-    """Estimated peak of a client that trains at this depth and width, bytes.
-
-    While it learns a mask it holds the weights of all units once, without gradients, and all their activations.
-    """
+    """Estimated peak of a client that trains at this depth and width, bytes; of both phases if it learns its mask."""
     small = cost.of(sub_model_at(layout, groups, depth, width_rate))
     peak = small.peak_memory_bytes(training.batch_size, training.optimizer_slots)
     if training.learns_masks and width_rate < 1:
-        whole = cost.of(sub_model_at(layout, groups, depth, 1.0))
-        peak = max(peak, whole.bytes + training.batch_size * whole.activation_bytes)
+        whole = sub_model_at(layout, groups, depth, 1.0)
+        peak = max(peak, mask_phase_bytes(layout, cost, groups_within(groups, layout, depth), whole, training))
     return peak
+
+
+def mask_phase_bytes(
+    layout: Layout, cost: CostModel, groups: Sequence[Group], spec: SubModelSpec, training: Training
+) -> int:
+    """Estimated peak, bytes, while scores are learned for the units of ``groups`` on the sub-model ``spec``.
+
+    Its weights once, frozen; the activations that scores and normalisation need; what is trained beside the scores
+    with gradients, optimiser state and a copy to go back to; four numbers a score (its own, gradient, Adam's two).
+    """
+    whole, trained = cost.of(spec), _beside(layout, cost, spec.depth)
+    kept = training.batch_size * (whole.frozen_activation_bytes + cost.gate_bytes(groups, spec, trained))
+    beside = (2 + training.optimizer_slots) * sum(trained.values())
+    return whole.bytes + kept + 4 * (beside + 4 * sum(group.size for group in groups))
+
+
+def _beside(layout: Layout, cost: CostModel, depth: int | None) -> dict[str, int]:
+    """Size of what is trained beside the scores, at most: what is no matrix (biases stay frozen), the deepest head."""
+    blocks = len(layout.blocks) if depth is None else depth
+    held = [key for key in cost.trainable if (block := layout.block_of(key)) is None or block < blocks]
+    last = max((int(key.split(".")[1]) for key in held if key.startswith("heads.")), default=-1)
+    sizes = {key: cost.shapes[key] for key in held}
+    return {k: prod(s) for k, s in sizes.items() if len(s) < 2 or s[0] == 1 or k.startswith(f"heads.{last}.")}
 
 
 def solve_rate(layout: Layout, rate: float) -> Capability:

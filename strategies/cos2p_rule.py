@@ -23,6 +23,7 @@ from strategies.levels import level_of
 from strategies.setting import Setting
 from wire.flat import ConfigError, refuse
 from wire.message import State
+from wire.training import optimizer_slots
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -90,8 +91,7 @@ def solve_budget(
         if found.depth >= least_depth:
             return found
         return Capability(least_depth, least_depth / len(setting.layout.blocks), budget.rate**2)
-    slots = 2 if train.optimizer == "adam" else int(train.momentum > 0)
-    training = Training(train.batch_size, slots, learns_masks)
+    training = Training(train.batch_size, optimizer_slots(train), learns_masks)
     memory = budget.memory_bytes
     if budget.rate:
         memory = budget.rate * cost.of(FULL).peak_memory_bytes(training.batch_size, training.optimizer_slots)

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from client_app.objectives.base import Findings, Fitted, Loss, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.base import Findings, Fitted, Loss, Measure, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.drift import proximal, variates
 from client_app.objectives.exit_choice import exit_choice
 from client_app.objectives.gated import gated
 from client_app.objectives.magnitude import magnitude
-from client_app.objectives.masks import mask_learning
+from client_app.objectives.masks import mask_learning, mask_memory
 from client_app.objectives.nested import nested
 from client_app.objectives.ordered_dropout import ordered_dropout
 from client_app.objectives.sparsity import sparse
 from client_app.objectives.split import contrastive, split
+from pruning.capability import Training
+from pruning.spec import FULL
 from wire.flat import nearest
 
 Kind = TypeVar("Kind")
@@ -66,6 +68,20 @@ def make_objective(name: str, task: Task) -> Objective:
     return objective
 
 
+def needed_memory(name: str, task: Task, training: Training, measure: Measure) -> int:
+    """Estimated peak of training with the named objective, bytes: of its base, which may have phases of its own.
+
+    Parameters
+    ----------
+    training : the largest batch, and what the optimiser keeps.
+    measure : what the sub-model of a spec costs.
+    """
+    base = name.split("+")[0]
+    if base == "mask-learning":
+        return mask_memory(task, training, measure)
+    return measure(task.spec).of(FULL).peak_memory_bytes(training.batch_size, training.optimizer_slots)
+
+
 def _find(name: str, known: Mapping[str, Kind], what: str) -> Kind:
     if name not in known:
         raise ObjectiveError(
@@ -85,4 +101,5 @@ __all__ = [
     "Task",
     "last_logits",
     "make_objective",
+    "needed_memory",
 ]

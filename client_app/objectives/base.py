@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data import Examples
+from pruning.cost import CostModel
 from pruning.groups import Layout
 from pruning.spec import SubModelSpec
 from wire.flat import Scalar
@@ -97,6 +98,9 @@ class Fitted:
     num_seen: int
     num_steps: int
 
+
+Measure = Callable[[SubModelSpec], CostModel]
+"""Spec -> costs of that sub-model as a whole."""
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images [batch, ...], labels [batch]) -> (scalar loss, logits [batch, num_classes])."""

@@ -13,16 +13,16 @@ from torch.nn import functional
 
 from client_app.batches import batches
 from client_app.meter import MemoryMeter
-from client_app.objectives.base import Findings, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.base import Findings, Measure, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.gates import READERS, Gates, readers_of
-from pruning.capability import groups_within, inner_groups, widths_at
+from pruning.capability import Training, groups_within, inner_groups, mask_phase_bytes, widths_at
 from pruning.cost import CostModel, measure_costs
 from pruning.extract import narrow, resize, shapes_of
 from pruning.groups import Group, Layout
 from pruning.spec import FULL, SubModelSpec
-from wire.training import make_optimizer
+from wire.training import make_optimizer, optimizer_slots
 
 THEN = {"cross-entropy": cross_entropy, "exits": exits, "deepest-teaches": deepest_teaches, "mutual": mutual}
 """What the small model may be trained with."""
@@ -111,7 +111,16 @@ def learn_mask(task: Task) -> Learned:
             num_seen += len(y)
     kept, memory = phase.close()
     spec = SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)
-    return Learned(spec, memory, total / num_examples, num_seen, phase.meter.peak_bytes)
+    return Learned(spec, memory, total / num_examples, num_seen, phase.peak_bytes)
+
+
+def mask_memory(task: Task, training: Training, measure: Measure) -> int:
+    """Estimated peak of both phases, bytes: scores on the model as received, then training of the part they choose."""
+    groups, rate = gated_groups(task), float(task.settings["width-rate"])
+    phase = mask_phase_bytes(Layout(()), measure(task.spec), groups, FULL, training)
+    kept = {name: range(width) for name, width in widths_at(groups, rate).items()}
+    small = measure(SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)).of(FULL)
+    return max(phase, small.peak_memory_bytes(training.batch_size, training.optimizer_slots))
 
 
 class MaskPhase:
@@ -138,7 +147,14 @@ class MaskPhase:
         self._scores = torch.optim.Adam([self.gates.scores], lr=float(settings.get("mask-learning-rate", 0.01)))
         _restore(self._scores, task.memory, self.gates)
         self._beside = make_optimizer(task.train, trained, task.learning_rate)
-        self.meter = MemoryMeter(model, task.train.momentum > 0 or task.train.optimizer == "adam")
+        self.meter = MemoryMeter(model, optimizer_slots(task.train))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak: what the meter counts, a copy to go back to, and four numbers a score (Adam's two)."""
+        scores = self.gates.scores
+        copies = sum(tensor.numel() * tensor.element_size() for tensor in self._before.values())
+        return self.meter.peak_bytes + copies + 4 * scores.numel() * scores.element_size()
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """One batch: gates drawn, scores and what is trained beside them moved; returns the loss."""

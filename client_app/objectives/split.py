@@ -32,6 +32,7 @@ from client_app.objectives.half import Half, plan_of
 from client_app.objectives.ntxent import has_positive_pair, nt_xent
 from wire.activations import counted_bytes, encode
 from wire.smashed import label_type, pack_upload
+from wire.training import optimizer_slots
 
 TEST_BATCH = 256
 
@@ -179,7 +180,7 @@ class _Worker:
         parameters = [*self.half.part.parameters(), *self.half.head.parameters()]
         weights = sum(p.numel() * p.element_size() for p in parameters)
         held = sum(a.numel() * a.element_size() for a in self.uploaded.activations)
-        return 4 * weights + held
+        return (2 + optimizer_slots(self.task.train)) * weights + held
 
     def finish(self, num_steps: int) -> Findings:
         up = self.uploaded

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client_app.handler import handle
+from client_app.handler import handle, measured
 from client_app.objectives import ObjectiveError, Task, make_objective
 from client_app.objectives.gates import GatedProduct, Gates, StraightThrough
-from client_app.objectives.masks import choose_units, freeze, gated_groups, learn_mask
+from client_app.objectives.masks import MaskPhase, choose_units, freeze, gated_groups, learn_mask, mask_memory
+from client_app.site import Site, SiteError
 from client_app.store import ClientStore
-from pruning.capability import inner_groups
+from pruning.capability import Training, inner_groups
 from pruning.cost import measure_costs
 from pruning.extract import extract, narrow, resize, shapes_of
 from pruning.groups import Axis, Group
@@ -24,6 +25,7 @@ from pruning.prove import _randomize, random_spec, silence
 from pruning.spec import FULL, SubModelSpec
 from tests.client_app.conftest import MakeInstruction
 from wire.message import DataConfig, Instruction, ModelConfig, TrainConfig
+from wire.training import optimizer_slots
 from zoo import get_model
 
 SETTINGS = {"then": "deepest-teaches", "width-rate": 0.5, "mask-epochs": 2, "distillation-weight": 0.5}
@@ -252,6 +254,42 @@ def test_both_phases_are_in_the_macs_and_the_larger_one_is_the_peak(masked):
         )
     )
     assert small.peak_memory_bytes <= report.peak_memory_bytes < plain.peak_memory_bytes
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["tests.vits:small", "resnet8", "mlp", "cnn", "mobilenet_v2"])
+def test_the_estimate_of_the_mask_phase_is_what_it_was_counted_to_hold(masked, name, optimizer):
+    """Frozen weights, gated copies of what convolutions read, scores and what is trained beside them."""
+    exits = name in ("tests.vits:small", "resnet8")
+    instruction = masked(name, exits, train={"batch_size": 64, "optimizer": optimizer})
+    task, shape = task_for(instruction), (1, 8, 8)
+    slots = optimizer_slots(instruction.job.train)
+    estimate = mask_memory(
+        task, Training(64, slots), lambda spec: measured(resize(task.full, task.layout, spec), shape)
+    )
+    phase = MaskPhase(task, gated_groups(task))
+    phase.step(*task.examples.batch(slice(0, 64)))
+    assert estimate == pytest.approx(phase.peak_bytes, rel=0.06)
+
+
+def test_a_device_with_room_for_the_mask_phase_but_not_for_training_all_units_takes_part(masked):
+    instruction = masked()
+    counted = handle(instruction).peak_memory_bytes
+    whole = handle(replace(instruction, objective="deepest-teaches")).peak_memory_bytes
+    limit = int(1.03 * counted)
+    assert limit < 0.9 * whole
+    assert handle(instruction, Site(memory_bytes=limit)).narrowed is not None
+    with pytest.raises(SiteError, match="memory: training this sub-model takes"):
+        handle(instruction, Site(memory_bytes=int(0.97 * counted)))
+    with pytest.raises(SiteError, match="memory: training this sub-model takes"):
+        handle(replace(instruction, objective="deepest-teaches"), Site(memory_bytes=limit))
+
+
+def test_a_device_without_room_for_the_gated_copies_refuses_though_it_could_train_all_units(masked):
+    instruction = masked("resnet8", train={"batch_size": 64, "momentum": 0.0})
+    whole = handle(replace(instruction, objective="deepest-teaches")).peak_memory_bytes
+    with pytest.raises(SiteError, match="memory: training this sub-model takes"):
+        handle(instruction, Site(memory_bytes=int(1.02 * whole)))
 
 
 def test_the_small_model_is_trained_as_if_it_had_been_sent_small(masked):
