@@ -122,7 +122,8 @@ def _train(
     objective.model.zero_grad()  # gradients are as large as the weights, and the answer needs room
     trained = objective.model.state_dict() if findings.state is None else findings.state
     sent = {key: tensor.detach().cpu() for key, tensor in trained.items()}  # nobody else's
-    remembered: dict[str, Any] = {"objective": dict(findings.memory)} if findings.memory else {}
+    own = {**memory.get("objective", {}), **findings.memory}  # what this objective does not name waits for its own
+    remembered: dict[str, Any] = {"objective": own} if own else {}
     if instruction.wants_delta:
         sent = difference(sent, instruction, findings.narrowed, task.layout, task.full)
     if job.compression.kind == "dgc":

@@ -72,7 +72,8 @@ class Findings:
     ----------
     companions : tensors for the server.
     memory : what the objective wants to find again in ``Task.memory``; survives the process and a resume. Tensors,
-        numbers, strings, and lists and dicts of them.
+        numbers, strings, and lists and dicts of them. What it does not name stays as it was: another objective, asked
+        for between two requests of this one, forgets nothing of it.
     metrics : further numbers for the event log.
     state : entries to report, where that is not all of the model's.
     narrowed : what of the full model the trained module is, where the objective made it smaller than what was sent.

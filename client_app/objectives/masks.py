@@ -35,7 +35,7 @@ class Learned:
     Attributes
     ----------
     spec : the part of the received sub-model that is kept.
-    memory : scores and optimiser state, for the next time.
+    memory : scores, also those of blocks that were not there this time, and optimiser state, for the next time.
     loss : of the last epoch, with open and shut gates.
     num_seen : examples passed through, forward and backward.
     peak_memory_bytes : of this phase.
@@ -181,7 +181,8 @@ class MaskPhase:
         select = str(self.task.settings.get("mask-select", "top-k"))
         kept = choose_units(scores, self.groups, self.rate, select, self.task.generator)
         remembered = {name: score.cpu() for name, score in scores.items()}
-        return kept, {"scores": remembered, "optimizer": _exported(self._scores, self.gates)}
+        scores_of_others = self.task.memory.get("scores", {})
+        return kept, {"scores": {**scores_of_others, **remembered}, "optimizer": _exported(self._scores, self.gates)}
 
 
 def gated_groups(task: Task) -> tuple[Group, ...]:

@@ -224,6 +224,35 @@ def test_scores_and_optimiser_state_survive_the_process_and_a_resume(masked, tmp
     assert forgotten.narrowed != second.narrowed or first.narrowed is None
 
 
+@pytest.mark.parametrize("between", ["exits", "deepest-teaches+exit-choice", "cross-entropy"])
+def test_scores_wait_for_a_client_that_is_asked_for_something_else_at_another_depth(between, masked, tmp_path):
+    """As the rotation of Co-S2P does in the middle of a mask phase: in between, other blocks and no mask."""
+    exits = between != "cross-entropy"
+    name, groups = ("tests.vits:small", 4) if exits else ("mlp", 2)
+    shallow = {"spec": SubModelSpec(depth=2)} if exits else {}
+    other = SubModelSpec.of({"block0.mlp": range(64)}) if exits else FULL
+    handle(masked(name, exits, **shallow))
+    before = ClientStore(str(tmp_path), 0).load(0)["objective"]
+    plain = masked(name, exits, spec=other, dispatch=1, last_dispatch=0)
+    handle(replace(plain, objective=between))
+    kept = ClientStore(str(tmp_path), 0).load(1)["objective"]
+    assert {key: torch.equal(kept["scores"][key], before["scores"][key]) for key in before["scores"]} == dict.fromkeys(
+        before["scores"], True
+    )
+    assert len(before["scores"]) == groups
+    handle(masked(name, exits, **shallow, dispatch=2, last_dispatch=1))
+    assert float(ClientStore(str(tmp_path), 0).load(2)["objective"]["optimizer"]["step"]) == 16
+
+
+def test_scores_of_blocks_that_are_not_there_this_time_wait_too(masked, tmp_path):
+    handle(masked())
+    handle(masked(spec=SubModelSpec(depth=1), dispatch=1, last_dispatch=0))
+    before, after = (ClientStore(str(tmp_path), 0).load(n)["objective"]["scores"] for n in (0, 1))
+    assert before.keys() == after.keys()
+    assert torch.equal(before["block3.mlp"], after["block3.mlp"])
+    assert not torch.equal(before["block0.mlp"], after["block0.mlp"])
+
+
 def test_an_answer_that_was_lost_is_forgotten_with_its_scores(masked, tmp_path):
     handle(masked())
     handle(masked(dispatch=1, last_dispatch=-1))
