@@ -6,11 +6,10 @@ A budget is a rate in (0, 1], or the bytes of memory that training may take. Co-
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, prod
-
-import numpy as np
 
 from pruning.cost import CostModel
 from pruning.groups import Group, Layout
@@ -192,27 +191,34 @@ def solve_memory(
     CapabilityError
         If not even the smallest sub-model fits.
     """
-    rates = np.linspace(0, 1, NUM_RATES + 1)[1:]
+    rates = [step / NUM_RATES for step in range(1, NUM_RATES + 1)]
 
-    def widest(depth: int, candidates: np.ndarray) -> float | None:
-        fits = [peak_memory_bytes(layout, cost, groups, depth, float(r), training) <= budget_bytes for r in candidates]
-        return float(candidates[np.flatnonzero(fits)[-1]]) if any(fits) else None
+    def fits(found: Capability) -> bool:
+        needed = peak_memory_bytes(layout, cost, groups, found.depth, found.width_rate, training)
+        return needed <= budget_bytes
 
     depths = [depth for depth in exit_depths(layout) if depth >= least_depth]
     if preset == "paper":
-        for rate in reversed(rates):
-            found = solve_rate(layout, float(rate))
-            if found.depth in depths and widest(found.depth, np.array([rate])):
-                return found
+        capabilities = [solve_rate(layout, rate) for rate in rates]
+        largest = _largest([found for found in capabilities if found.depth in depths], fits)
+        if largest is not None:
+            return largest
     else:
         for depth in reversed(depths):
-            width = widest(depth, rates[rates >= least_width])
-            if width is not None:
-                return Capability(depth, depth / max(1, len(layout.blocks)), width)
-    least = peak_memory_bytes(
-        layout, cost, groups, depths[0], float(rates[0] if preset == "paper" else least_width), training
-    )
+            share = depth / max(1, len(layout.blocks))
+            largest = _largest([Capability(depth, share, rate) for rate in rates if rate >= least_width], fits)
+            if largest is not None:
+                return largest
+    least = peak_memory_bytes(layout, cost, groups, depths[0], rates[0] if preset == "paper" else least_width, training)
     raise CapabilityError(
         f"capability: {budget_bytes / 2**20:.1f} MiB are too small for the first {depths[0]} of {len(layout.blocks)} "
         f"blocks, whose training takes {least / 2**20:.1f} MiB; leave the device out, or lower train.batch-size"
     )
+
+
+def _largest(capabilities: Sequence[Capability], fits: Callable[[Capability], bool]) -> Capability | None:
+    """The last of growing capabilities that fits, found by halving; the full width, without a mask phase, by itself."""
+    if capabilities and fits(capabilities[-1]):
+        return capabilities[-1]
+    position = bisect_left(capabilities[:-1], True, key=lambda found: not fits(found))
+    return capabilities[position - 1] if position else None

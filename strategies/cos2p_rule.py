@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,13 +123,11 @@ def full_depth_capabilities(
     budgets: Sequence[Budget], setting: Setting, groups: Sequence[Group], learns_masks: bool, full_depth: int
 ) -> dict[int, Capability]:
     """Who could hold every block, at a smaller width, and how: those who rotate."""
-    found = {}
-    for pid, budget in enumerate(budgets):
-        try:
-            found[pid] = solve_budget(budget, setting, groups, "paper", learns_masks, full_depth)
-        except CapabilityError:
-            continue
-    return found
+    found: dict[Budget, Capability] = {}
+    for budget in set(budgets):
+        with suppress(CapabilityError):
+            found[budget] = solve_budget(budget, setting, groups, "paper", learns_masks, full_depth)
+    return {pid: found[budget] for pid, budget in enumerate(budgets) if budget in found}
 
 
 def l1_distance(first: State, second: State) -> float:
