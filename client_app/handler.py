@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.batches import flip_shift, local_batches
+from client_app.batches import augmented, local_batches
 from client_app.data import Examples, job_examples
 from client_app.meter import MemoryMeter
 from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, needed_memory
@@ -219,8 +219,7 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
     total_loss, num_correct, num_seen, num_steps = 0.0, 0, 0, 0
     for index in local_batches(len(train), config, task.generator, task.work_ratio):
         x, y = train.batch(index)
-        if config.augment == "flip-shift":
-            x = flip_shift(x, task.generator)
+        x = augmented(x, config, task.generator)
         with meter:
             loss, logits = objective.loss(x, y)
         optimizer.zero_grad()

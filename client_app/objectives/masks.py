@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.batches import batches
+from client_app.batches import augmented, batches
 from client_app.meter import MemoryMeter
 from client_app.objectives.base import Findings, Measure, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
@@ -107,7 +107,7 @@ def learn_mask(task: Task) -> Learned:
         total = 0.0
         for index in batches(num_examples, task.train.batch_size, task.generator):
             x, y = task.examples.batch(index)
-            total += phase.step(x, y) * len(y)
+            total += phase.step(augmented(x, task.train, task.generator), y) * len(y)
             num_seen += len(y)
     kept, memory = phase.close()
     spec = SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)
@@ -127,7 +127,9 @@ class MaskPhase:
     """Scores trained with the weights frozen. Loss: CE(deepest exit) + lambda |mean(gates) - width rate|.
 
     Trained beside the scores, and forgotten afterwards: normalisation, class token and positions (whatever belongs to
-    no linear layer or convolution) and the deepest head.
+    no linear layer or convolution) and the deepest head. All that ``train.*`` says of batches and steps holds for them:
+    optimiser, learning rate, label smoothing, augmentation, and ``max-grad-norm``, over their gradients. Scores have an
+    optimiser and a rate of their own, whose steps are as long whatever the gradient's norm: they are not clipped.
 
     Parameters
     ----------
@@ -146,7 +148,7 @@ class MaskPhase:
         self.gates = Gates(model, groups, _first_scores(task, groups, self.rate, device))
         self._scores = torch.optim.Adam([self.gates.scores], lr=float(settings.get("mask-learning-rate", 0.01)))
         _restore(self._scores, task.memory, self.gates)
-        self._beside = make_optimizer(task.train, trained, task.learning_rate)
+        self._beside, self._trained = make_optimizer(task.train, trained, task.learning_rate), trained
         self.meter = MemoryMeter(model, optimizer_slots(task.train))
 
     @property
@@ -166,6 +168,8 @@ class MaskPhase:
         for optimizer in (self._beside, self._scores):
             optimizer.zero_grad()
         value.backward()
+        if self.task.train.max_grad_norm:
+            nn.utils.clip_grad_norm_(self._trained, self.task.train.max_grad_norm)
         for optimizer in (self._beside, self._scores):
             optimizer.step()
         return float(value.detach())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from client_app.batches import batches, flip_shift
 from client_app.handler import handle, measured
 from client_app.objectives import ObjectiveError, Task, make_objective
 from client_app.objectives.gates import GatedProduct, Gates, StraightThrough
@@ -159,6 +160,39 @@ def test_learning_a_mask_leaves_the_weights_and_statistics_as_they_were_received
     assert learned.spec.is_subset_of(instruction.spec, task.layout)
     assert learned.num_seen == 2 * len(task.examples)
     assert not any(module._forward_pre_hooks for module in task.model.modules())
+
+
+def test_the_mask_phase_sees_augmented_images_where_training_does(masked, monkeypatch):
+    def seen(augment: str) -> list[torch.Tensor]:
+        images = []
+        step = MaskPhase.step
+        monkeypatch.setattr(MaskPhase, "step", lambda self, x, y: images.append(x) or step(self, x, y))
+        learn_mask(task_for(masked(train={"augment": augment})))
+        monkeypatch.undo()
+        return images
+
+    plain, changed = seen("none"), seen("flip-shift")
+    order = batches(64, 16, torch.Generator().manual_seed(0))
+    task = task_for(masked())
+    assert torch.equal(plain[0], task.examples.batch(order[0])[0])
+    generator = torch.Generator().manual_seed(0)
+    batches(64, 16, generator)
+    assert torch.equal(changed[0], flip_shift(plain[0], generator))
+    assert len(plain) == len(changed) == 8
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-6])
+def test_in_the_mask_phase_gradients_are_clipped_of_all_but_the_scores(masked, limit):
+    settings = {"momentum": 0.0, "weight_decay": 0.0, "max_grad_norm": limit}
+    task = replace(task_for(masked(train=settings)), learning_rate=1.0)
+    phase = MaskPhase(task, gated_groups(task))
+    before = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
+    scores = phase.gates.scores.detach().clone()
+    phase.step(*task.examples.batch(slice(0, 16)))
+    moved = torch.cat([(t - before[key]).flatten() for key, t in task.model.state_dict().items()]).norm()
+    assert float(moved) > 1e-3 if not limit else float(moved) <= 1.1 * limit
+    first = (phase.gates.scores.detach() - scores).abs()
+    assert float(first.max()) == pytest.approx(0.01, rel=1e-3), "Adam's first step is as long as its rate"
 
 
 def test_units_that_the_data_need_are_kept():
