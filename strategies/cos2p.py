@@ -256,8 +256,8 @@ class CoS2P(SubModelStrategy):
         capability = self._capabilities[pid]
         whole = sub_model_at(self.layout, self._groups, capability.depth, 1.0)
         settings, objective = self._settings(server_round), self._objective()
-        if capability.width_rate == 1:
-            return Order(whole, objective, settings)
+        if capability.width_rate == 1 or not groups_within(self._groups, self.layout, capability.depth):
+            return Order(whole, objective, settings)  # no unit that could be left out
         if self.config.masks != "learned":
             return Order(self._fixed_mask(pid, capability), objective, settings)
         if self._receptions.get(pid, 0) >= self.config.mask_receptions:

@@ -132,6 +132,15 @@ def test_masks_are_learned_at_the_first_two_receptions_then_fixed_and_never_at_r
     assert {pid: len(spec.units["block0.mlp"]) for pid, (_, spec) in learned.items()} == {1: 96, 2: 64, 3: 32}
 
 
+def test_a_client_whose_blocks_have_no_unit_to_choose_learns_no_mask(tmp_path):
+    """An MLP's first block is as wide as the second one reads: alone, nothing in it can be left out."""
+    spy = Spy()
+    tiny_run(tmp_path / "run", spy, num_rounds=2, **{**MLP, "model.exits": True, "cos2p.budgets": "1,0.5"})
+    shallow = [i for i, _ in spy.seen if i.spec.depth == 1]
+    assert len(shallow) == 4
+    assert {i.objective for i in shallow} == {"deepest-teaches+exit-choice"}
+
+
 @pytest.mark.slow
 def test_distillation_begins_at_its_round(tmp_path):
     spy = Spy()
