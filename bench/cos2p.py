@@ -22,6 +22,7 @@ from typing import Any
 from bench.common import finish, in_fresh_process, num_cores, peak_bytes, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import FOLDERS, STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, read
+from reporting.summary import utilisation
 
 RATES = "1,0.75,0.5,0.25"
 MEMORY_MODEL, MEMORY_BATCH = "vit_tiny", 32
@@ -167,12 +168,12 @@ def outcome(log: Path) -> dict[str, Any]:
                     "clients": clients,
                 }
             )
-    last = max(row["finish_s"] for row in arrivals)
+    last, busy_s = max(row["finish_s"] for row in arrivals), sum(row["update_time_s"] for row in arrivals)
     return {
         "curve": curve,
         "time_s": merges[-1]["time_s"],
         "num_rounds": len(merges),
-        "utilisation": sum(row["update_time_s"] for row in arrivals) / (16 * max(last, merges[-1]["time_s"])),
+        "utilisation": utilisation(busy_s, 16, max(last, merges[-1]["time_s"])),
         "upload_bytes": sum(row["upload_bytes"] for row in arrivals),
         "download_bytes": sum(row["download_bytes"] for row in arrivals),
         "n_star": statistics.median(row["n_star"] for row in merges),

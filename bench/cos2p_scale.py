@@ -26,6 +26,7 @@ import torch
 
 from bench.common import CpuTimer, finish, in_fresh_process, num_cores, options, peak_bytes, print_table, settle, within
 from client_app.handler import handle
+from reporting.summary import utilisation
 from wire.flat import Scalar
 from wire.message import Instruction, Report
 
@@ -213,7 +214,7 @@ def main() -> dict[str, Any]:
         "stale answers": sum(row["staleness"] > 0 for row in arrivals),
         "n_star": [row["n_star"] for row in merges],
         "virtual_s": merges[-1]["time_s"],
-        "utilisation": busy_s / (NUM_CLIENTS * merges[-1]["time_s"]),
+        "utilisation": utilisation(busy_s, NUM_CLIENTS, merges[-1]["time_s"]),
         "wall_s": figures["wall_s"],
         "load of the machine at the end": figures["load"],
         "server_cpu_s": figures["server_cpu_s"],

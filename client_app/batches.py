@@ -39,6 +39,11 @@ def num_batches(num_examples: int, batch_size: int) -> int:
     return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
 
 
+def augmented(x: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+    """A batch of images [batch, channels, height, width] to train on, changed as ``train.augment`` says."""
+    return flip_shift(x, generator) if config.augment == "flip-shift" else x
+
+
 def flip_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of the images [batch, channels, height, width] and shift all by up to an eighth."""
     flips = torch.rand(len(x), generator=generator) < 0.5

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.batches import flip_shift, local_batches
+from client_app.batches import augmented, local_batches
 from client_app.data import Examples, job_examples
 from client_app.meter import MemoryMeter
-from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, own_need
+from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, needed_memory
 from client_app.site import NOWHERE, Site
 from client_app.store import ClientStore
+from pruning.capability import Training
 from pruning.compress import sparsify
-from pruning.cost import Cost, measure_costs
+from pruning.cost import Cost, CostModel, measure_costs
 from pruning.extract import embed, extract, narrow, resize, shapes_of
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from wire.message import Instruction, Job, ModelConfig, Report, State, TrainConfig
-from wire.training import learning_rate, make_optimizer
+from wire.training import learning_rate, make_optimizer, optimizer_slots
 from zoo import get_model, model_names
 
 META = torch.device("meta")
@@ -80,10 +81,9 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
     if site.memory_bytes:
-        needed = own_need(instruction.objective, task)
-        if needed is None:
-            needed = cost.peak_memory_bytes(min(job.train.batch_size, len(train)), int(job.train.momentum > 0))
-        site.check_memory(needed)
+        training = Training(min(job.train.batch_size, len(train)), optimizer_slots(job.train))
+        measure = lambda spec: measured(resize(task.full, layout, spec), shape)  # noqa: E731
+        site.check_memory(needed_memory(instruction.objective, task, training, measure))
     return _train(instruction, job, task, cost, store, memory)
 
 
@@ -122,7 +122,8 @@ def _train(
     objective.model.zero_grad()  # gradients are as large as the weights, and the answer needs room
     trained = objective.model.state_dict() if findings.state is None else findings.state
     sent = {key: tensor.detach().cpu() for key, tensor in trained.items()}  # nobody else's
-    remembered: dict[str, Any] = {"objective": dict(findings.memory)} if findings.memory else {}
+    own = {**memory.get("objective", {}), **findings.memory}  # what this objective does not name waits for its own
+    remembered: dict[str, Any] = {"objective": own} if own else {}
     if instruction.wants_delta:
         sent = difference(sent, instruction, findings.narrowed, task.layout, task.full)
     if job.compression.kind == "dgc":
@@ -179,12 +180,17 @@ def sub_model(
 
 
 def price(model: nn.Module, shape: tuple[int, int, int]) -> Cost:
-    """What a model without storage costs, from one forward pass of an image of zeros.
+    """What a model without storage costs."""
+    return measured(model, shape).of(FULL)
+
+
+def measured(model: nn.Module, shape: tuple[int, int, int]) -> CostModel:
+    """Costs of a model without storage as a whole, from one forward pass of an image of zeros.
 
     On real memory: the first pass on ``meta`` loads PyTorch's compiler, 1.4 s and 70 MB in every fresh process.
     """
     zeros = {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in model.state_dict().items()}
-    return measure_costs(filled(model, zeros), Layout(()), torch.zeros(1, *shape)).of(FULL)
+    return measure_costs(filled(model, zeros), Layout(()), torch.zeros(1, *shape))
 
 
 def load(model: nn.Module, instruction: Instruction, device: torch.device) -> nn.Module:
@@ -209,12 +215,11 @@ def fit(task: Task, objective: Objective, train: Examples) -> Fitted:
     config = task.train
     parameters = [*objective.model.parameters(), *objective.beside]
     optimizer = make_optimizer(config, parameters, task.learning_rate)
-    meter = MemoryMeter(objective.model, config.momentum > 0 or config.optimizer == "adam", objective.varies)
+    meter = MemoryMeter(objective.model, optimizer_slots(config), objective.varies)
     total_loss, num_correct, num_seen, num_steps = 0.0, 0, 0, 0
     for index in local_batches(len(train), config, task.generator, task.work_ratio):
         x, y = train.batch(index)
-        if config.augment == "flip-shift":
-            x = flip_shift(x, task.generator)
+        x = augmented(x, config, task.generator)
         with meter:
             loss, logits = objective.loss(x, y)
         optimizer.zero_grad()

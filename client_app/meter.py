@@ -15,14 +15,20 @@ class MemoryMeter:
 
     Used as a context around the forward pass; counts the first, which is the largest batch, and then steps aside, or
     with ``every_pass`` finds the largest of all.
+
+    Parameters
+    ----------
+    model : whose training is counted; on ``meta`` it counts what it would be.
+    optimizer_slots : numbers that the optimiser keeps per trained weight (``wire.training.optimizer_slots``).
+    every_pass : whether passes differ in size.
     """
 
-    def __init__(self, model: nn.Module, has_momentum: bool, every_pass: bool = False) -> None:
+    def __init__(self, model: nn.Module, optimizer_slots: int, every_pass: bool = False) -> None:
         parameters = list(model.parameters())
         self._owned = {parameter.data_ptr() for parameter in parameters}
         sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in parameters]
         trained = sum(size for size, is_trained in sizes if is_trained)
-        self.fixed_bytes = sum(size for size, _ in sizes) + trained * (2 if has_momentum else 1)
+        self.fixed_bytes = sum(size for size, _ in sizes) + trained * (1 + optimizer_slots)
         self.saved_bytes = 0
         self._seen: dict[int, int] = {}
         self._hooks: Any = None

@@ -6,11 +6,10 @@ A budget is a rate in (0, 1], or the bytes of memory that training may take. Co-
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import floor
-
-import numpy as np
+from math import floor, prod
 
 from pruning.cost import CostModel
 from pruning.groups import Group, Layout
@@ -119,16 +118,36 @@ def sub_model_at(layout: Layout, groups: Sequence[Group], depth: int, width_rate
 def peak_memory_bytes(
     layout: Layout, cost: CostModel, groups: Sequence[Group], depth: int, width_rate: float, training: Training
 ) -> int:
-    """Estimated peak of a client that trains at this depth and width, bytes.
-
-    While it learns a mask it holds the weights of all units once, without gradients, and all their activations.
-    """
+    """Estimated peak of a client that trains at this depth and width, bytes; of both phases if it learns its mask."""
     small = cost.of(sub_model_at(layout, groups, depth, width_rate))
     peak = small.peak_memory_bytes(training.batch_size, training.optimizer_slots)
     if training.learns_masks and width_rate < 1:
-        whole = cost.of(sub_model_at(layout, groups, depth, 1.0))
-        peak = max(peak, whole.bytes + training.batch_size * whole.activation_bytes)
+        whole = sub_model_at(layout, groups, depth, 1.0)
+        peak = max(peak, mask_phase_bytes(layout, cost, groups_within(groups, layout, depth), whole, training))
     return peak
+
+
+def mask_phase_bytes(
+    layout: Layout, cost: CostModel, groups: Sequence[Group], spec: SubModelSpec, training: Training
+) -> int:
+    """Estimated peak, bytes, while scores are learned for the units of ``groups`` on the sub-model ``spec``.
+
+    Its weights once, frozen; the activations that scores and normalisation need; what is trained beside the scores
+    with gradients, optimiser state and a copy to go back to; four numbers a score (its own, gradient, Adam's two).
+    """
+    whole, trained = cost.of(spec), _beside(layout, cost, spec.depth)
+    kept = training.batch_size * (whole.frozen_activation_bytes + cost.gate_bytes(groups, spec, trained))
+    beside = (2 + training.optimizer_slots) * sum(trained.values())
+    return whole.bytes + kept + 4 * (beside + 4 * sum(group.size for group in groups))
+
+
+def _beside(layout: Layout, cost: CostModel, depth: int | None) -> dict[str, int]:
+    """Size of what is trained beside the scores, at most: what is no matrix (biases stay frozen), the deepest head."""
+    blocks = len(layout.blocks) if depth is None else depth
+    held = [key for key in cost.trainable if (block := layout.block_of(key)) is None or block < blocks]
+    last = max((int(key.split(".")[1]) for key in held if key.startswith("heads.")), default=-1)
+    sizes = {key: cost.shapes[key] for key in held}
+    return {k: prod(s) for k, s in sizes.items() if len(s) < 2 or s[0] == 1 or k.startswith(f"heads.{last}.")}
 
 
 def solve_rate(layout: Layout, rate: float) -> Capability:
@@ -172,27 +191,34 @@ def solve_memory(
     CapabilityError
         If not even the smallest sub-model fits.
     """
-    rates = np.linspace(0, 1, NUM_RATES + 1)[1:]
+    rates = [step / NUM_RATES for step in range(1, NUM_RATES + 1)]
 
-    def widest(depth: int, candidates: np.ndarray) -> float | None:
-        fits = [peak_memory_bytes(layout, cost, groups, depth, float(r), training) <= budget_bytes for r in candidates]
-        return float(candidates[np.flatnonzero(fits)[-1]]) if any(fits) else None
+    def fits(found: Capability) -> bool:
+        needed = peak_memory_bytes(layout, cost, groups, found.depth, found.width_rate, training)
+        return needed <= budget_bytes
 
     depths = [depth for depth in exit_depths(layout) if depth >= least_depth]
     if preset == "paper":
-        for rate in reversed(rates):
-            found = solve_rate(layout, float(rate))
-            if found.depth in depths and widest(found.depth, np.array([rate])):
-                return found
+        capabilities = [solve_rate(layout, rate) for rate in rates]
+        largest = _largest([found for found in capabilities if found.depth in depths], fits)
+        if largest is not None:
+            return largest
     else:
         for depth in reversed(depths):
-            width = widest(depth, rates[rates >= least_width])
-            if width is not None:
-                return Capability(depth, depth / max(1, len(layout.blocks)), width)
-    least = peak_memory_bytes(
-        layout, cost, groups, depths[0], float(rates[0] if preset == "paper" else least_width), training
-    )
+            share = depth / max(1, len(layout.blocks))
+            largest = _largest([Capability(depth, share, rate) for rate in rates if rate >= least_width], fits)
+            if largest is not None:
+                return largest
+    least = peak_memory_bytes(layout, cost, groups, depths[0], rates[0] if preset == "paper" else least_width, training)
     raise CapabilityError(
         f"capability: {budget_bytes / 2**20:.1f} MiB are too small for the first {depths[0]} of {len(layout.blocks)} "
         f"blocks, whose training takes {least / 2**20:.1f} MiB; leave the device out, or lower train.batch-size"
     )
+
+
+def _largest(capabilities: Sequence[Capability], fits: Callable[[Capability], bool]) -> Capability | None:
+    """The last of growing capabilities that fits, found by halving; the full width, without a mask phase, by itself."""
+    if capabilities and fits(capabilities[-1]):
+        return capabilities[-1]
+    position = bisect_left(capabilities[:-1], True, key=lambda found: not fits(found))
+    return capabilities[position - 1] if position else None

@@ -8,15 +8,15 @@ in one vectorised expression.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
 
-from pruning.groups import Axis, Layout
-from pruning.ops import trace_ops
+from pruning.groups import Axis, Group, Layout
+from pruning.ops import Saved, trace_ops
 from pruning.spec import SubModelSpec
 
 Measure = Literal["parameters", "prunable", "macs", "bytes"]
@@ -51,6 +51,7 @@ class Cost:
     train_macs : of one sample forward and backward.
     bytes : of the state dict as it travels.
     activation_bytes : kept for the backward pass, per sample.
+    frozen_activation_bytes : the same where the weights of linear layers and convolutions are frozen.
     """
 
     parameters: int
@@ -58,6 +59,7 @@ class Cost:
     train_macs: int
     bytes: int
     activation_bytes: int
+    frozen_activation_bytes: int
 
     def peak_memory_bytes(self, batch_size: int, optimizer_slots: int = 1) -> int:
         """Estimate of the training peak: weights, gradients, ``optimizer_slots`` states a weight, activations."""
@@ -74,16 +76,20 @@ class CostModel:
     terms : quantity -> its terms.
     trainable : state-dict keys of the parameters; the others are buffers.
     shapes : of the full state dict.
+    read : weight -> a copy of its input, bytes per sample.
+    shared : weights of linear layers whose input is part of ``frozen_activation_bytes``.
     """
 
     layout: Layout
     terms: Mapping[str, tuple[Term, ...]]
     trainable: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
+    read: Mapping[str, Term]
+    shared: frozenset[str]
 
     def of(self, spec: SubModelSpec) -> Cost:
         """Price of one spec."""
-        widths = np.array([[spec.width(self.layout, group.name) for group in self.layout.groups]])
+        widths = self._widths(spec)
         return Cost(**{name: int(self.price(name, widths, spec.depth)[0]) for name in Cost.__dataclass_fields__})
 
     def price(self, quantity: str, widths: np.ndarray, depth: int | None = None) -> np.ndarray:
@@ -92,7 +98,7 @@ class CostModel:
         Parameters
         ----------
         quantity : ``parameters``, ``prunable`` (parameters whose number depends on widths), ``macs``, ``train_macs``,
-            ``bytes`` or ``activation_bytes``.
+            ``bytes``, ``activation_bytes`` or ``frozen_activation_bytes``.
         widths : int [num_specs, num_groups], kept units in the order of ``layout.groups``.
         depth : blocks kept, None for all.
 
@@ -100,10 +106,26 @@ class CostModel:
         -------
         float64 [num_specs].
         """
+        return self._sum(self.terms[quantity], widths, depth)
+
+    def gate_bytes(self, groups: Iterable[Group], spec: SubModelSpec, trained: Container[str]) -> int:
+        """Bytes per sample that gates on the units of ``groups`` keep beside ``frozen_activation_bytes``.
+
+        Of a frozen linear layer the input, if nothing else keeps it; of convolutions and of ``trained`` weights the
+        gated copy that they read.
+        """
+        gated = {axis.key for group in groups for axis in group.axes if axis.dim == 1 and axis.key in self.read}
+        kept = [self.read[key] for key in sorted(gated) if key not in self.shared or key in trained]
+        return int(self._sum(kept, self._widths(spec), spec.depth)[0])
+
+    def _widths(self, spec: SubModelSpec) -> np.ndarray:
+        return np.array([[spec.width(self.layout, group.name) for group in self.layout.groups]])
+
+    def _sum(self, terms: Iterable[Term], widths: np.ndarray, depth: int | None) -> np.ndarray:
         blocks = len(self.layout.blocks) if depth is None else depth
         columns = np.asarray(widths, dtype=np.float64).T
         total = np.zeros(columns.shape[1])
-        for term in self.terms[quantity]:
+        for term in terms:
             if term.block is not None and term.block >= blocks:
                 continue
             price: np.ndarray | float = term.coefficient
@@ -159,11 +181,19 @@ def measure_costs(model: nn.Module, layout: Layout, example: Tensor) -> CostMode
             block, num_entries = layout.block_of(product.path + "."), 1 if group is None else layout.by_name[group].size
         terms["macs"].append(Term(product.macs / num_entries, shape, block))
         terms["train_macs"].append(Term(product.train_macs / num_entries, shape, block))
-    for saved in trace.saved:
+
+    def term_of(saved: Saved) -> Term:
         axis, size = factors(saved.key)[saved.dim], tensors[saved.key].shape[saved.dim]
-        terms["activation_bytes"].append(Term(saved.bytes / size, (axis,), layout.block_of(saved.key)))
+        return Term(saved.bytes / size, (axis,), layout.block_of(saved.key))
+
+    terms["activation_bytes"] = [term_of(saved) for saved in trace.saved]
+    terms["frozen_activation_bytes"] = [term_of(saved) for saved in trace.saved if not saved.for_weight]
+    read = {key: term_of(copy) for key, (copy, _) in trace.read.items()}
+    linear = {key: trace.saved[index] for key, (_, index) in trace.read.items() if tensors[key].dim() == 2}
+    shared = frozenset(key for key, saved in linear.items() if not saved.for_weight)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return CostModel(layout, {name: tuple(items) for name, items in terms.items()}, frozenset(parameters), shapes)
+    priced = {name: tuple(items) for name, items in terms.items()}
+    return CostModel(layout, priced, frozenset(parameters), shapes, read, shared)
 
 
 def _factor(size: int, axes: Sequence[tuple[int, int, Axis]]) -> Factor:

@@ -7,7 +7,7 @@ with a weight are recognised by the memory the weight lies in, products of two a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,19 +45,28 @@ class Saved:
     ----------
     key, dim : an axis that its size is proportional to.
     bytes : per sample.
+    for_weight : kept only for the gradient of a linear layer's weight, so not where that is frozen.
     """
 
     key: str
     dim: int
     bytes: float
+    for_weight: bool = False
 
 
 @dataclass
 class Trace:
-    """All products and all kept activations of one forward pass."""
+    """All products and all kept activations of one forward pass.
+
+    Attributes
+    ----------
+    products, saved : each once.
+    read : weight -> what a copy of its input takes, and where the input lies in ``saved``.
+    """
 
     products: list[Product] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
+    read: dict[str, tuple[Saved, int]] = field(default_factory=dict)
 
 
 def trace_ops(model: nn.Module, example: Tensor) -> Trace:
@@ -97,7 +106,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.trace, self.paths, self._batch = Trace(), [""], batch
         self._keys = {_memory(p): (key, p.shape) for key, p in model.named_parameters(remove_duplicate=False)}
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, tuple[Tensor, int]] = {}
         self._last: tuple[str, int] | None = None
 
     def leave(self) -> None:
@@ -113,7 +122,7 @@ class _Watch(TorchDispatchMode):
             x, weight = args[:2]
             mapped = x if args[6] else result  # a transposed convolution has a product for every input position
             positions = mapped.numel() / mapped.shape[1]
-            self._note_weighted(x, weight, positions * weight.numel())
+            self._note_weighted(x, weight, positions * weight.numel(), is_linear=False)
         elif name in ("mm", "bmm", "addmm", "baddbmm"):
             x, weight = args[-2:] if name in ("mm", "bmm") else args[1:3]
             self._note_product(x, weight, float(x.numel()) * weight.shape[-1])
@@ -144,7 +153,7 @@ class _Watch(TorchDispatchMode):
             for x in (a, b):
                 self._keep(x, *self._last)
 
-    def _note_weighted(self, x: Tensor, weight: Tensor, macs: float) -> None:
+    def _note_weighted(self, x: Tensor, weight: Tensor, macs: float, is_linear: bool = True) -> None:
         if _memory(weight) not in self._keys:
             return
         key, shape = self._keys[_memory(weight)]
@@ -152,15 +161,21 @@ class _Watch(TorchDispatchMode):
         self.trace.products.append(
             Product(key, self.paths[-1], macs, macs * (1 + x.requires_grad + weight.requires_grad))
         )
-        self._keep(x, key, 1 if len(shape) > 1 and shape[1] > 1 else 0)
+        dim = 1 if len(shape) > 1 and shape[1] > 1 else 0
+        self._keep(x, key, dim, for_weight=is_linear)
+        copy = Saved(key, dim, x.numel() * x.element_size() / self._batch)
+        self.trace.read[key] = (copy, self._kept[_memory(x)][1])
         self._last = (key, 0)
 
-    def _keep(self, tensor: Tensor, key: str, dim: int) -> None:
+    def _keep(self, tensor: Tensor, key: str, dim: int, for_weight: bool = False) -> None:
         """Note a tensor kept for the backward pass; each stretch of memory once."""
-        memory = _memory(tensor)
+        memory, saved = _memory(tensor), self.trace.saved
         if memory not in self._kept and memory not in self._keys:
-            self._kept[memory] = tensor  # and hold on to it, so that no other tensor can take its place
-            self.trace.saved.append(Saved(key, dim, tensor.untyped_storage().nbytes() / self._batch))
+            self._kept[memory] = (tensor, len(saved))  # held on to, so that no other tensor can take its place
+            saved.append(Saved(key, dim, tensor.untyped_storage().nbytes() / self._batch, for_weight))
+        elif memory in self._kept and not for_weight:
+            index = self._kept[memory][1]
+            saved[index] = replace(saved[index], for_weight=False)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -31,7 +31,7 @@ def summarise(log: RunLog, targets: Sequence[float] = TARGETS) -> dict[str, Any]
 
     Notes
     -----
-    ``utilisation_ratio``: update time of all arrivals / (clients x total time).
+    ``utilisation_ratio``: see ``utilisation``.
     ``round_time_s_first``, ``_last``: mean time between the first and the last five merges.
     ``straggler_wait_ratio``: waiting / (waiting + update time), over all arrivals (``reporting.waiting``).
     """
@@ -65,6 +65,28 @@ def _identity(log: RunLog) -> dict[str, Any]:
     }
 
 
+def utilisation(busy_s: float, num_clients: int, total_time_s: float) -> float | None:
+    """Share of all clients' time in which they worked for the run: busy time / (clients x time of the run), in [0, 1].
+
+    The same for every loop, synchronous or not. Busy is a client from the start of a request's download to the end of
+    its upload (its update time), whatever became of the answer: also late, rejected and failed ones count. The clients
+    are all of the run, asked or not. What is still under way when the run ends is in no log and does not count: a run
+    that waits for everybody has none, one that does not is understated by at most one request a client. Co-S2P's
+    authors count training alone, without transfers.
+
+    Parameters
+    ----------
+    busy_s : sum of the update times of all arrivals, seconds.
+    total_time_s : from the start of the run to its end, on its clock (virtual in simulation, else the wall's).
+
+    Returns
+    -------
+    None for a run without time.
+    """
+    capacity_s = num_clients * total_time_s
+    return busy_s / capacity_s if capacity_s > 0 else None
+
+
 def _num_clients(log: RunLog) -> int:
     return max(log.run.num_clients, len(log.clients))
 
@@ -91,7 +113,6 @@ def _times(log: RunLog, waits: Sequence[Wait], closings: Sequence[Closing]) -> d
     total_time_s = log.total_time_s
     busy_s = sum(row.update_time_s for row in log.arrivals)
     wait_s = sum(wait.wait_s for wait in waits)
-    capacity_s = _num_clients(log) * total_time_s
     merge_times = [0.0, *(row.time_s for row in log.merges)]
     round_times = [after - before for before, after in pairwise(merge_times)]
     return {
@@ -99,7 +120,7 @@ def _times(log: RunLog, waits: Sequence[Wait], closings: Sequence[Closing]) -> d
         "total_wall_s": log.wall_s,
         "round_time_s_first": fmean(round_times[:5]) if round_times else None,
         "round_time_s_last": fmean(round_times[-5:]) if round_times else None,
-        "utilisation_ratio": busy_s / capacity_s if capacity_s > 0 else None,
+        "utilisation_ratio": utilisation(busy_s, _num_clients(log), total_time_s),
         "straggler_wait_s": wait_s,
         "straggler_wait_ratio": wait_s / (wait_s + busy_s) if wait_s + busy_s > 0 else None,
         "straggler_wait_ratio_first": closings[0].wait_ratio if closings else None,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -60,7 +61,8 @@ class CoS2PConfig:
     temperature, kd_weight, kd_start : of the distillation; it begins in round ``kd-start``.
     client_weight : ``co-s2p``, ``samples``, ``uniform`` or ``polynomial`` (n (1 + staleness)^-0.5).
     coverage_norm : ``per-entry`` divides by the weight of an entry's holders, ``global`` by that of the whole merge.
-    rotate_coverage : whoever is asked takes over, in turn, what nobody has held since all were heard.
+    rotate_coverage : one client at a time takes over, in turn, what nobody has held since all were heard; a turn is no
+        reception of its mask phase, whose scores wait.
     exit_choice : clients deploy the exit that is best on their own data (``personal``), or the ``deepest``.
     quorum_ratio : merge when this share of the clients has answered, or at ``loop.deadline-s`` if that is earlier,
         unless ``loop.quorum`` says otherwise; 0 leaves it to the loop's settings.
@@ -128,14 +130,13 @@ class CoS2P(SubModelStrategy):
         self.needs_versions = self.config.client_weight == "co-s2p" and self.loop.max_staleness != 0
         self._groups = inner_groups(self.layout, self.cost.shapes)
         self._full_depth = exit_depths(self.layout)[-1]
-        budgets = budgets_of(self.config.budgets, self.setting, self.config.assignment)
-        run = (self.setting, self._groups)
-        learns = self.config.masks == "learned"
-        self._capabilities = solve_budgets(budgets, *run, self.config.solver, learns)
-        self._tall = full_depth_capabilities(budgets, *run, learns, self._full_depth)
+        self._budgets = budgets_of(self.config.budgets, self.setting, self.config.assignment)
+        self._learns = self.config.masks == "learned"
+        self._capabilities = solve_budgets(self._budgets, self.setting, self._groups, self.config.solver, self._learns)
         self._masks: dict[int, SubModelSpec] = {}
         self._receptions: dict[int, int] = {}
         self._coverage = Coverage(self.layout, self._groups)
+        self._turns: dict[int, int] = {}
         self._trained_depth = 0
         self._warned: set[str] = set()
 
@@ -176,7 +177,7 @@ class CoS2P(SubModelStrategy):
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Everybody's own sub-model; one client in turn takes over what nobody holds, if so configured."""
         orders = {pid: self._order(pid, server_round) for pid in clients}
-        rotated = self._rotated(server_round, clients)
+        rotated = self._rotated(clients)
         if rotated is not None:
             pid, spec = rotated
             orders[pid] = Order(spec, self._objective(), self._settings(server_round))
@@ -226,11 +227,12 @@ class CoS2P(SubModelStrategy):
         return Order(spec, self._objective(), self._settings(1))
 
     def export_state(self) -> dict[str, Any]:
-        """Masks, how often each was learned, coverage."""
+        """Masks, how often each was learned, coverage and whose turn it was when."""
         return {
             "masks": {str(pid): spec_to_json(spec) for pid, spec in self._masks.items()},
             "receptions": {str(pid): count for pid, count in self._receptions.items()},
             "coverage": self._coverage.export(),
+            "turns": {str(pid): version for pid, version in self._turns.items()},
             "trained_depth": self._trained_depth,
             "warned": sorted(self._warned),
         }
@@ -241,7 +243,12 @@ class CoS2P(SubModelStrategy):
         self._masks = {pid: spec for pid, spec in masks.items() if spec is not None}
         self._receptions = {int(pid): count for pid, count in own["receptions"].items()}
         self._coverage.restore(own["coverage"])
+        self._turns = {int(pid): version for pid, version in own.get("turns", {}).items()}  # older checkpoints: none
         self._trained_depth, self._warned = own["trained_depth"], set(own["warned"])
+
+    @cached_property
+    def _tall(self) -> dict[int, Capability]:
+        return full_depth_capabilities(self._budgets, self.setting, self._groups, self._learns, self._full_depth)
 
     # --- orders ------------------------------------------------------------------------------------------------------
 
@@ -249,8 +256,8 @@ class CoS2P(SubModelStrategy):
         capability = self._capabilities[pid]
         whole = sub_model_at(self.layout, self._groups, capability.depth, 1.0)
         settings, objective = self._settings(server_round), self._objective()
-        if capability.width_rate == 1:
-            return Order(whole, objective, settings)
+        if capability.width_rate == 1 or not groups_within(self._groups, self.layout, capability.depth):
+            return Order(whole, objective, settings)  # no unit that could be left out
         if self.config.masks != "learned":
             return Order(self._fixed_mask(pid, capability), objective, settings)
         if self._receptions.get(pid, 0) >= self.config.mask_receptions:
@@ -283,16 +290,28 @@ class CoS2P(SubModelStrategy):
         chosen = select_prefix(self.layout, widths) if self.config.masks == "first" else None
         return SubModelSpec((chosen or select_random(self.layout, widths, rng)).kept, held.depth)
 
-    def _rotated(self, server_round: int, clients: Sequence[int]) -> tuple[int, SubModelSpec] | None:
-        """Who holds, this round, what no merge has held since everybody was heard; and which sub-model that is."""
+    def _rotated(self, clients: Sequence[int]) -> tuple[int, SubModelSpec] | None:
+        """Who takes over what no merge has held since everybody was heard; and which sub-model that is.
+
+        One turn in as many merges as it takes to hear everybody, so that where clients are asked one by one they still
+        train mostly what is theirs; never the same client twice running, while there are others.
+        """
         if not self.config.rotate_coverage:
             return None
-        patience = ceil(self.setting.job.num_clients / self.loop.quorum) if self.loop.quorum else 1
-        wanted, depth = self._coverage.starved(self.progress.global_version - patience)
-        able = [p for p in clients if depth <= self._capabilities[p].depth or p in self._tall]
-        if not depth or not able or self.progress.global_version < patience:
+        num_clients, version = self.setting.job.num_clients, self.progress.global_version
+        patience = ceil(num_clients / self.loop.quorum) if self.loop.quorum else 1
+        last = max(self._turns.values(), default=-patience)
+        wanted, depth = self._coverage.starved(version - patience)
+        if not depth or version < patience or version < last + patience:
             return None
-        pid = sorted(able, key=lambda p: (-self._capabilities[p].rate, p))[server_round % len(able)]
+        able = {p for p in range(num_clients) if depth <= self._capabilities[p].depth or p in self._tall}
+        if len(able) > 1 and version < last + 2 * patience:
+            able -= {p for p, turn in self._turns.items() if turn == last}
+        ready = sorted(able & set(clients), key=lambda p: (self._turns.get(p, -1), -self._capabilities[p].rate, p))
+        if not ready:
+            return None
+        pid = ready[0]
+        self._turns[pid] = version
         own = self._capabilities[pid]
         capability = own if depth <= own.depth else self._tall[pid]
         mask = self._masks.get(pid, SubModelSpec())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from strategies.levels import level_of
 from strategies.setting import Setting
 from wire.flat import ConfigError, refuse
 from wire.message import State
+from wire.training import optimizer_slots
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -90,8 +92,7 @@ def solve_budget(
         if found.depth >= least_depth:
             return found
         return Capability(least_depth, least_depth / len(setting.layout.blocks), budget.rate**2)
-    slots = 2 if train.optimizer == "adam" else int(train.momentum > 0)
-    training = Training(train.batch_size, slots, learns_masks)
+    training = Training(train.batch_size, optimizer_slots(train), learns_masks)
     memory = budget.memory_bytes
     if budget.rate:
         memory = budget.rate * cost.of(FULL).peak_memory_bytes(training.batch_size, training.optimizer_slots)
@@ -122,13 +123,11 @@ def full_depth_capabilities(
     budgets: Sequence[Budget], setting: Setting, groups: Sequence[Group], learns_masks: bool, full_depth: int
 ) -> dict[int, Capability]:
     """Who could hold every block, at a smaller width, and how: those who rotate."""
-    found = {}
-    for pid, budget in enumerate(budgets):
-        try:
-            found[pid] = solve_budget(budget, setting, groups, "paper", learns_masks, full_depth)
-        except CapabilityError:
-            continue
-    return found
+    found: dict[Budget, Capability] = {}
+    for budget in set(budgets):
+        with suppress(CapabilityError):
+            found[budget] = solve_budget(budget, setting, groups, "paper", learns_masks, full_depth)
+    return {pid: found[budget] for pid, budget in enumerate(budgets) if budget in found}
 
 
 def l1_distance(first: State, second: State) -> float:

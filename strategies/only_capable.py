@@ -14,6 +14,7 @@ from math import ceil
 from pruning.spec import FULL
 from strategies.base import SubModelStrategy
 from wire.flat import refuse, require
+from wire.training import optimizer_slots
 
 
 @dataclass(frozen=True)
@@ -96,5 +97,4 @@ class OnlyCapable(SubModelStrategy):
     @cached_property
     def _peak_bytes(self) -> int:
         train = self.setting.job.train
-        slots = 2 if train.optimizer == "adam" else int(train.momentum > 0)
-        return self.cost.of(FULL).peak_memory_bytes(train.batch_size, slots)
+        return self.cost.of(FULL).peak_memory_bytes(train.batch_size, optimizer_slots(train))

@@ -24,6 +24,11 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter], lear
     return kind(owned, lr=learning_rate, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay)
 
 
+def optimizer_slots(config: TrainConfig) -> int:
+    """Numbers that the configured optimiser keeps per weight: Adam two moments, SGD its velocity or nothing."""
+    return 2 if config.optimizer == "adam" else int(config.momentum > 0)
+
+
 def make_saved_optimizer(
     config: TrainConfig, parameters: Iterable[Tensor], learning_rate: float, fused: bool = False
 ) -> torch.optim.Optimizer:

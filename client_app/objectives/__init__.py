@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from client_app.objectives.base import Findings, Fitted, Loss, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.base import Findings, Fitted, Loss, Measure, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.drift import proximal, variates
 from client_app.objectives.exit_choice import exit_choice
 from client_app.objectives.gated import gated
 from client_app.objectives.magnitude import magnitude
-from client_app.objectives.masks import mask_learning
+from client_app.objectives.masks import mask_learning, mask_memory
 from client_app.objectives.nested import nested
 from client_app.objectives.ordered_dropout import ordered_dropout
 from client_app.objectives.sparsity import sparse
-from client_app.objectives.split import contrastive, contrastive_bytes, split, split_bytes
+from client_app.objectives.split import contrastive, contrastive_memory, split, split_memory
+from pruning.capability import Training
+from pruning.spec import FULL
 from wire.flat import nearest
 
 Kind = TypeVar("Kind")
@@ -48,15 +50,12 @@ CORRECTIONS: Mapping[str, Callable[[Task, Objective], Objective]] = {
 }
 """Every correction by the name that instructions use; ``train.sparsity`` adds ``sparse`` by itself."""
 
-
-NEEDS: Mapping[str, Callable[[Task], int]] = {"contrastive": contrastive_bytes, "split": split_bytes}
-"""Base -> bytes of memory at its peak, where it trains something else than the task's model."""
-
-
-def own_need(name: str, task: Task) -> int | None:
-    """Bytes of memory that the named objective needs at its peak; None where the task's model tells."""
-    price = NEEDS.get(name.split("+")[0])
-    return None if price is None else price(task)
+MEMORY: Mapping[str, Callable[[Task, Training, Measure], int]] = {
+    "contrastive": contrastive_memory,
+    "mask-learning": mask_memory,
+    "split": split_memory,
+}
+"""Base -> estimated peak of its training, bytes, where it trains something else than the task's model, or in phases."""
 
 
 def make_objective(name: str, task: Task) -> Objective:
@@ -74,6 +73,19 @@ def make_objective(name: str, task: Task) -> Objective:
     for correction in corrections:
         objective = _find(correction, CORRECTIONS, "correction")(task, objective)
     return objective
+
+
+def needed_memory(name: str, task: Task, training: Training, measure: Measure) -> int:
+    """Estimated peak of training with the named objective's base, bytes.
+
+    Parameters
+    ----------
+    training : the largest batch, and what the optimiser keeps.
+    measure : what the sub-model of a spec costs.
+    """
+    if (peak := MEMORY.get(name.split("+")[0])) is not None:
+        return peak(task, training, measure)
+    return measure(task.spec).of(FULL).peak_memory_bytes(training.batch_size, training.optimizer_slots)
 
 
 def _find(name: str, known: Mapping[str, Kind], what: str) -> Kind:
@@ -95,5 +107,5 @@ __all__ = [
     "Task",
     "last_logits",
     "make_objective",
-    "own_need",
+    "needed_memory",
 ]

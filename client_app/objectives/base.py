@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.data import Examples
+from pruning.cost import CostModel
 from pruning.groups import Layout
 from pruning.spec import SubModelSpec
 from wire.flat import Scalar
@@ -71,7 +72,8 @@ class Findings:
     ----------
     companions : tensors for the server.
     memory : what the objective wants to find again in ``Task.memory``; survives the process and a resume. Tensors,
-        numbers, strings, and lists and dicts of them.
+        numbers, strings, and lists and dicts of them. What it does not name stays as it was: another objective, asked
+        for between two requests of this one, forgets nothing of it.
     metrics : further numbers for the event log.
     state : entries to report, where that is not all of the model's.
     narrowed : what of the full model the trained module is, where the objective made it smaller than what was sent.
@@ -97,6 +99,9 @@ class Fitted:
     num_seen: int
     num_steps: int
 
+
+Measure = Callable[[SubModelSpec], CostModel]
+"""Spec -> costs of that sub-model as a whole."""
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images [batch, ...], labels [batch]) -> (scalar loss, logits [batch, num_classes])."""

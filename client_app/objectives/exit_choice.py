@@ -15,7 +15,7 @@ def exit_choice(task: Task, inner: Objective) -> Objective:
     """Train as before and note how often each exit was right; evaluate by the exit that was right most often.
 
     Counted in the first pass over the client's examples, before each batch is trained on: what was just received is
-    judged, not what was fitted since. Ties go to the deeper exit. What is remembered already stays remembered.
+    judged, not what was fitted since. Ties go to the deeper exit.
     """
     num_examples = 0 if task.examples is None else len(task.examples)
     outputs: list[Tensor] = []
@@ -46,7 +46,7 @@ def exit_choice(task: Task, inner: Objective) -> Objective:
         found = inner.finish(num_steps)
         accuracy = [count / max(1, num_seen) for count in correct]
         metrics = {f"exit_{index + 1}_accuracy": value for index, value in enumerate(accuracy)}
-        memory = {**task.memory, **found.memory, "exit_accuracy": accuracy}
+        memory = {**found.memory, "exit_accuracy": accuracy}
         return replace(found, memory=memory, metrics={**found.metrics, **metrics})
 
     return replace(inner, loss=loss, predict=predict, finish=finish)

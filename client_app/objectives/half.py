@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from client_app.batches import batches, flip_shift
+from client_app.batches import augmented, batches
 from client_app.data import Examples
 from client_app.objectives.base import ObjectiveError, Task
 from pruning.cost import Cost
@@ -152,8 +152,7 @@ class Half:
         """One training batch, augmented as this step has it; also sets torch's generator for the step's dropout."""
         generator = self._generator(server_round, step)
         x, y = self.examples.batch(index)
-        if self.task.train.augment == "flip-shift":
-            x = flip_shift(x, generator)
+        x = augmented(x, self.task.train, generator)
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         return x, y
 

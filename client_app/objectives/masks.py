@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.batches import batches
+from client_app.batches import augmented, batches
 from client_app.meter import MemoryMeter
-from client_app.objectives.base import Findings, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.base import Findings, Measure, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.gates import READERS, Gates, readers_of
-from pruning.capability import groups_within, inner_groups, widths_at
+from pruning.capability import Training, groups_within, inner_groups, mask_phase_bytes, widths_at
 from pruning.cost import CostModel, measure_costs
 from pruning.extract import narrow, resize, shapes_of
 from pruning.groups import Group, Layout
 from pruning.spec import FULL, SubModelSpec
-from wire.training import make_optimizer
+from wire.training import make_optimizer, optimizer_slots
 
 THEN = {"cross-entropy": cross_entropy, "exits": exits, "deepest-teaches": deepest_teaches, "mutual": mutual}
 """What the small model may be trained with."""
@@ -35,7 +35,7 @@ class Learned:
     Attributes
     ----------
     spec : the part of the received sub-model that is kept.
-    memory : scores and optimiser state, for the next time.
+    memory : scores, also those of blocks that were not there this time, and optimiser state, for the next time.
     loss : of the last epoch, with open and shut gates.
     num_seen : examples passed through, forward and backward.
     peak_memory_bytes : of this phase.
@@ -107,18 +107,29 @@ def learn_mask(task: Task) -> Learned:
         total = 0.0
         for index in batches(num_examples, task.train.batch_size, task.generator):
             x, y = task.examples.batch(index)
-            total += phase.step(x, y) * len(y)
+            total += phase.step(augmented(x, task.train, task.generator), y) * len(y)
             num_seen += len(y)
     kept, memory = phase.close()
     spec = SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)
-    return Learned(spec, memory, total / num_examples, num_seen, phase.meter.peak_bytes)
+    return Learned(spec, memory, total / num_examples, num_seen, phase.peak_bytes)
+
+
+def mask_memory(task: Task, training: Training, measure: Measure) -> int:
+    """Estimated peak of both phases, bytes: scores on the model as received, then training of the part they choose."""
+    groups, rate = gated_groups(task), float(task.settings["width-rate"])
+    phase = mask_phase_bytes(Layout(()), measure(task.spec), groups, FULL, training)
+    kept = {name: range(width) for name, width in widths_at(groups, rate).items()}
+    small = measure(SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)).of(FULL)
+    return max(phase, small.peak_memory_bytes(training.batch_size, training.optimizer_slots))
 
 
 class MaskPhase:
     """Scores trained with the weights frozen. Loss: CE(deepest exit) + lambda |mean(gates) - width rate|.
 
     Trained beside the scores, and forgotten afterwards: normalisation, class token and positions (whatever belongs to
-    no linear layer or convolution) and the deepest head.
+    no linear layer or convolution) and the deepest head. All that ``train.*`` says of batches and steps holds for them:
+    optimiser, learning rate, label smoothing, augmentation, and ``max-grad-norm``, over their gradients. Scores have an
+    optimiser and a rate of their own, whose steps are as long whatever the gradient's norm: they are not clipped.
 
     Parameters
     ----------
@@ -137,8 +148,15 @@ class MaskPhase:
         self.gates = Gates(model, groups, _first_scores(task, groups, self.rate, device))
         self._scores = torch.optim.Adam([self.gates.scores], lr=float(settings.get("mask-learning-rate", 0.01)))
         _restore(self._scores, task.memory, self.gates)
-        self._beside = make_optimizer(task.train, trained, task.learning_rate)
-        self.meter = MemoryMeter(model, task.train.momentum > 0 or task.train.optimizer == "adam")
+        self._beside, self._trained = make_optimizer(task.train, trained, task.learning_rate), trained
+        self.meter = MemoryMeter(model, optimizer_slots(task.train))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes at the peak: what the meter counts, a copy to go back to, and four numbers a score (Adam's two)."""
+        scores = self.gates.scores
+        copies = sum(tensor.numel() * tensor.element_size() for tensor in self._before.values())
+        return self.meter.peak_bytes + copies + 4 * scores.numel() * scores.element_size()
 
     def step(self, x: Tensor, y: Tensor) -> float:
         """One batch: gates drawn, scores and what is trained beside them moved; returns the loss."""
@@ -150,6 +168,8 @@ class MaskPhase:
         for optimizer in (self._beside, self._scores):
             optimizer.zero_grad()
         value.backward()
+        if self.task.train.max_grad_norm:
+            nn.utils.clip_grad_norm_(self._trained, self.task.train.max_grad_norm)
         for optimizer in (self._beside, self._scores):
             optimizer.step()
         return float(value.detach())
@@ -165,7 +185,8 @@ class MaskPhase:
         select = str(self.task.settings.get("mask-select", "top-k"))
         kept = choose_units(scores, self.groups, self.rate, select, self.task.generator)
         remembered = {name: score.cpu() for name, score in scores.items()}
-        return kept, {"scores": remembered, "optimizer": _exported(self._scores, self.gates)}
+        scores_of_others = self.task.memory.get("scores", {})
+        return kept, {"scores": {**scores_of_others, **remembered}, "optimizer": _exported(self._scores, self.gates)}
 
 
 def gated_groups(task: Task) -> tuple[Group, ...]:

@@ -29,11 +29,13 @@ import torch
 from torch import Tensor
 
 from client_app.data import Examples
-from client_app.objectives.base import Findings, Fitted, Loss, Objective, ObjectiveError, Task
+from client_app.objectives.base import Findings, Fitted, Loss, Measure, Objective, ObjectiveError, Task
 from client_app.objectives.half import Half, plan_of
 from client_app.objectives.ntxent import has_positive_pair, nt_xent
+from pruning.capability import Training
 from wire.activations import counted_bytes, encode
 from wire.smashed import label_type, pack_upload
+from wire.training import optimizer_slots
 
 TEST_BATCH = 256
 
@@ -48,28 +50,27 @@ def split(task: Task) -> Objective:
     return _objective(task, has_own_loss=False)
 
 
-def contrastive_bytes(task: Task) -> int:
-    """What ``contrastive`` needs in memory at its peak: half and head under training, and the activations it sends."""
-    return _peak_bytes(task, has_own_loss=True)
+def contrastive_memory(task: Task, training: Training, measure: Measure) -> int:
+    """Estimated peak of ``contrastive``, bytes: half and head under training, and the activations it sends."""
+    return _peak_bytes(task, training, has_own_loss=True)
 
 
-def split_bytes(task: Task) -> int:
-    """What ``split`` needs in memory at its peak: the half under training, and the activations it sends."""
-    return _peak_bytes(task, has_own_loss=False)
+def split_memory(task: Task, training: Training, measure: Measure) -> int:
+    """Estimated peak of ``split``, bytes: the half under training, and the activations it sends."""
+    return _peak_bytes(task, training, has_own_loss=False)
 
 
-def _peak_bytes(task: Task, has_own_loss: bool) -> int:
+def _peak_bytes(task: Task, training: Training, has_own_loss: bool) -> int:
     assert task.examples is not None
     num_examples, config, s = len(task.examples), task.train, task.settings
     plan = plan_of(task.full, str(s["cut"]), tuple(task.examples.x.shape[1:]))
     cost = plan.cost_with_head if has_own_loss else plan.cost
-    slots = 2 if config.optimizer == "adam" else int(config.momentum > 0)
-    batch = min(config.batch_size + 1, num_examples)  # a last batch of one joins the batch before it
+    batch = min(training.batch_size + 1, num_examples)  # a last batch of one joins the batch before it
     num_sent, stop = 0, int(s["stop"])
     if s["upload"] != "none":
         everything = num_examples * config.local_epochs
         num_sent = everything if stop < 0 else min(everything, (stop - int(s["start"])) * batch)
-    return cost.peak_memory_bytes(batch, slots) + num_sent * 4 * torch.Size(plan.shape).numel()
+    return cost.peak_memory_bytes(batch, training.optimizer_slots) + num_sent * 4 * torch.Size(plan.shape).numel()
 
 
 def _objective(task: Task, has_own_loss: bool) -> Objective:
@@ -208,7 +209,7 @@ class _Worker:
         parameters = [*self.half.part.parameters(), *self.half.head.parameters()]
         weights = sum(p.numel() * p.element_size() for p in parameters)
         held = sum(a.numel() * a.element_size() for a in self.uploaded.activations)
-        return 4 * weights + held
+        return (2 + optimizer_slots(self.task.train)) * weights + held
 
     def finish(self, num_steps: int) -> Findings:
         up = self.uploaded

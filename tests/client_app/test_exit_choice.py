@@ -34,7 +34,7 @@ def test_each_exit_is_judged_once_per_example_before_training_on_it():
     torch.manual_seed(0)
     model, layout = small(10, 1, 8, exits=True)
     examples = list(range(9))
-    task = replace(task_of(), model=model.train(), layout=layout, examples=examples, memory={"scores": 7})
+    task = replace(task_of(), model=model.train(), layout=layout, examples=examples)
     objective = make_objective("deepest-teaches+exit-choice", task)
     x, y = BATCH
     with torch.no_grad():
@@ -46,7 +46,6 @@ def test_each_exit_is_judged_once_per_example_before_training_on_it():
     half = [int((z[:3].argmax(1) == y[:3]).sum()) for z in model(x)]
     counts = [(6 * e + h) / 9 for e, h in zip(expected, half, strict=True)]
     assert found.memory["exit_accuracy"] == pytest.approx(counts)
-    assert found.memory["scores"] == 7
     assert [found.metrics[f"exit_{i}_accuracy"] for i in (1, 2, 3, 4)] == pytest.approx(counts)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from client_app.batches import batches, flip_shift, local_batches
 from client_app.data import Examples, client_examples, load_images, partitions
 from client_app.handler import MemoryMeter, TrainingError, evaluate, handle, learning_rate
+from client_app.site import Site, SiteError
 from client_app.store import ClientStore
 from pruning.compress import densify
 from pruning.cost import measure_costs
@@ -19,6 +20,7 @@ from pruning.extract import extract
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
 from wire.message import CompressionConfig, DataConfig, TrainConfig
+from wire.training import make_optimizer, optimizer_slots
 from zoo import get_model
 
 HALF = SubModelSpec.of({"stage1": range(16), "stage2": range(0, 64, 2), "stage3": range(64)})
@@ -154,7 +156,7 @@ def test_the_memory_meter_counts_weights_gradients_momentum_and_what_backward_ne
     model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
     x = torch.randn(8, 100)
     weights = 4 * (100 * 50 + 50 + 50 * 10 + 10)
-    meter = MemoryMeter(model, has_momentum=True)
+    meter = MemoryMeter(model, optimizer_slots=1)
     for _ in range(2):
         with meter:
             model(x).sum().backward()
@@ -162,7 +164,41 @@ def test_the_memory_meter_counts_weights_gradients_momentum_and_what_backward_ne
     assert meter.fixed_bytes == 3 * weights
     assert meter.saved_bytes == input_and_hidden
     assert meter.peak_bytes == 3 * weights + input_and_hidden
-    assert MemoryMeter(model, has_momentum=False).fixed_bytes == 2 * weights
+    assert MemoryMeter(model, optimizer_slots=0).fixed_bytes == 2 * weights
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots"),
+    [
+        ({"momentum": 0.0}, 0),
+        ({"momentum": 0.9}, 1),
+        ({"optimizer": "adam"}, 2),
+        ({"optimizer": "adam", "momentum": 0}, 2),
+    ],
+)
+def test_memory_is_counted_with_what_the_optimiser_really_holds(settings, slots, make_instruction):
+    config, weights = TrainConfig(**settings), [nn.Parameter(torch.randn(30, 20)), nn.Parameter(torch.randn(20))]
+    optimizer = make_optimizer(config, weights, 0.1)
+    sum(weight.sum() for weight in weights).backward()
+    optimizer.step()
+    held = sum(
+        t.numel() for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()
+    )
+    assert held == slots * sum(weight.numel() for weight in weights)
+    assert optimizer_slots(config) == slots
+    instruction = make_instruction("mlp", train=settings)
+    bare = handle(make_instruction("mlp", train={"momentum": 0.0})).peak_memory_bytes
+    num_weights = sum(tensor.numel() for tensor in instruction.state.values())
+    assert handle(instruction).peak_memory_bytes == bare + 4 * slots * num_weights
+
+
+def test_a_device_refuses_what_its_limit_does_not_hold_under_the_configured_optimiser(make_instruction):
+    for settings in ({"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "adam"}):
+        instruction = make_instruction("mlp", train=settings)
+        counted = handle(instruction).peak_memory_bytes
+        handle(instruction, Site(memory_bytes=int(1.03 * counted)))
+        with pytest.raises(SiteError, match=r"memory: training this sub-model takes \d+ bytes"):
+            handle(instruction, Site(memory_bytes=int(0.97 * counted)))
 
 
 def test_a_smaller_model_needs_less_memory(make_instruction):
@@ -229,7 +265,7 @@ def test_a_client_never_allocates_the_full_model(make_instruction):
 
 def test_frozen_weights_are_counted_without_gradient_and_optimiser_state():
     model = nn.Linear(100, 100, bias=False)
-    trained = MemoryMeter(model, has_momentum=True).peak_bytes
+    trained = MemoryMeter(model, optimizer_slots=1).peak_bytes
     model.weight.requires_grad_(False)
     assert trained == 3 * 4 * 10_000
-    assert MemoryMeter(model, has_momentum=True).peak_bytes == 4 * 10_000
+    assert MemoryMeter(model, optimizer_slots=1).peak_bytes == 4 * 10_000

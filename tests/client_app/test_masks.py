@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client_app.handler import handle
+from client_app.batches import batches, flip_shift
+from client_app.handler import handle, measured
 from client_app.objectives import ObjectiveError, Task, make_objective
 from client_app.objectives.gates import GatedProduct, Gates, StraightThrough
-from client_app.objectives.masks import choose_units, freeze, gated_groups, learn_mask
+from client_app.objectives.masks import MaskPhase, choose_units, freeze, gated_groups, learn_mask, mask_memory
+from client_app.site import Site, SiteError
 from client_app.store import ClientStore
-from pruning.capability import inner_groups
+from pruning.capability import Training, inner_groups
 from pruning.cost import measure_costs
 from pruning.extract import extract, narrow, resize, shapes_of
 from pruning.groups import Axis, Group
@@ -24,6 +26,7 @@ from pruning.prove import _randomize, random_spec, silence
 from pruning.spec import FULL, SubModelSpec
 from tests.client_app.conftest import MakeInstruction
 from wire.message import DataConfig, Instruction, ModelConfig, TrainConfig
+from wire.training import optimizer_slots
 from zoo import get_model
 
 SETTINGS = {"then": "deepest-teaches", "width-rate": 0.5, "mask-epochs": 2, "distillation-weight": 0.5}
@@ -159,6 +162,39 @@ def test_learning_a_mask_leaves_the_weights_and_statistics_as_they_were_received
     assert not any(module._forward_pre_hooks for module in task.model.modules())
 
 
+def test_the_mask_phase_sees_augmented_images_where_training_does(masked, monkeypatch):
+    def seen(augment: str) -> list[torch.Tensor]:
+        images = []
+        step = MaskPhase.step
+        monkeypatch.setattr(MaskPhase, "step", lambda self, x, y: images.append(x) or step(self, x, y))
+        learn_mask(task_for(masked(train={"augment": augment})))
+        monkeypatch.undo()
+        return images
+
+    plain, changed = seen("none"), seen("flip-shift")
+    order = batches(64, 16, torch.Generator().manual_seed(0))
+    task = task_for(masked())
+    assert torch.equal(plain[0], task.examples.batch(order[0])[0])
+    generator = torch.Generator().manual_seed(0)
+    batches(64, 16, generator)
+    assert torch.equal(changed[0], flip_shift(plain[0], generator))
+    assert len(plain) == len(changed) == 8
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-6])
+def test_in_the_mask_phase_gradients_are_clipped_of_all_but_the_scores(masked, limit):
+    settings = {"momentum": 0.0, "weight_decay": 0.0, "max_grad_norm": limit}
+    task = replace(task_for(masked(train=settings)), learning_rate=1.0)
+    phase = MaskPhase(task, gated_groups(task))
+    before = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
+    scores = phase.gates.scores.detach().clone()
+    phase.step(*task.examples.batch(slice(0, 16)))
+    moved = torch.cat([(t - before[key]).flatten() for key, t in task.model.state_dict().items()]).norm()
+    assert float(moved) > 1e-3 if not limit else float(moved) <= 1.1 * limit
+    first = (phase.gates.scores.detach() - scores).abs()
+    assert float(first.max()) == pytest.approx(0.01, rel=1e-3), "Adam's first step is as long as its rate"
+
+
 def test_units_that_the_data_need_are_kept():
     """Half of the hidden units are made useless by hand; a learned mask keeps the others."""
     torch.manual_seed(0)
@@ -222,6 +258,35 @@ def test_scores_and_optimiser_state_survive_the_process_and_a_resume(masked, tmp
     assert forgotten.narrowed != second.narrowed or first.narrowed is None
 
 
+@pytest.mark.parametrize("between", ["exits", "deepest-teaches+exit-choice", "cross-entropy"])
+def test_scores_wait_for_a_client_that_is_asked_for_something_else_at_another_depth(between, masked, tmp_path):
+    """As the rotation of Co-S2P does in the middle of a mask phase: in between, other blocks and no mask."""
+    exits = between != "cross-entropy"
+    name, groups = ("tests.vits:small", 4) if exits else ("mlp", 2)
+    shallow = {"spec": SubModelSpec(depth=2)} if exits else {}
+    other = SubModelSpec.of({"block0.mlp": range(64)}) if exits else FULL
+    handle(masked(name, exits, **shallow))
+    before = ClientStore(str(tmp_path), 0).load(0)["objective"]
+    plain = masked(name, exits, spec=other, dispatch=1, last_dispatch=0)
+    handle(replace(plain, objective=between))
+    kept = ClientStore(str(tmp_path), 0).load(1)["objective"]
+    assert {key: torch.equal(kept["scores"][key], before["scores"][key]) for key in before["scores"]} == dict.fromkeys(
+        before["scores"], True
+    )
+    assert len(before["scores"]) == groups
+    handle(masked(name, exits, **shallow, dispatch=2, last_dispatch=1))
+    assert float(ClientStore(str(tmp_path), 0).load(2)["objective"]["optimizer"]["step"]) == 16
+
+
+def test_scores_of_blocks_that_are_not_there_this_time_wait_too(masked, tmp_path):
+    handle(masked())
+    handle(masked(spec=SubModelSpec(depth=1), dispatch=1, last_dispatch=0))
+    before, after = (ClientStore(str(tmp_path), 0).load(n)["objective"]["scores"] for n in (0, 1))
+    assert before.keys() == after.keys()
+    assert torch.equal(before["block3.mlp"], after["block3.mlp"])
+    assert not torch.equal(before["block0.mlp"], after["block0.mlp"])
+
+
 def test_an_answer_that_was_lost_is_forgotten_with_its_scores(masked, tmp_path):
     handle(masked())
     handle(masked(dispatch=1, last_dispatch=-1))
@@ -252,6 +317,42 @@ def test_both_phases_are_in_the_macs_and_the_larger_one_is_the_peak(masked):
         )
     )
     assert small.peak_memory_bytes <= report.peak_memory_bytes < plain.peak_memory_bytes
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["tests.vits:small", "resnet8", "mlp", "cnn", "mobilenet_v2"])
+def test_the_estimate_of_the_mask_phase_is_what_it_was_counted_to_hold(masked, name, optimizer):
+    """Frozen weights, gated copies of what convolutions read, scores and what is trained beside them."""
+    exits = name in ("tests.vits:small", "resnet8")
+    instruction = masked(name, exits, train={"batch_size": 64, "optimizer": optimizer})
+    task, shape = task_for(instruction), (1, 8, 8)
+    slots = optimizer_slots(instruction.job.train)
+    estimate = mask_memory(
+        task, Training(64, slots), lambda spec: measured(resize(task.full, task.layout, spec), shape)
+    )
+    phase = MaskPhase(task, gated_groups(task))
+    phase.step(*task.examples.batch(slice(0, 64)))
+    assert estimate == pytest.approx(phase.peak_bytes, rel=0.06)
+
+
+def test_a_device_with_room_for_the_mask_phase_but_not_for_training_all_units_takes_part(masked):
+    instruction = masked()
+    counted = handle(instruction).peak_memory_bytes
+    whole = handle(replace(instruction, objective="deepest-teaches")).peak_memory_bytes
+    limit = int(1.03 * counted)
+    assert limit < 0.9 * whole
+    assert handle(instruction, Site(memory_bytes=limit)).narrowed is not None
+    with pytest.raises(SiteError, match="memory: training this sub-model takes"):
+        handle(instruction, Site(memory_bytes=int(0.97 * counted)))
+    with pytest.raises(SiteError, match="memory: training this sub-model takes"):
+        handle(replace(instruction, objective="deepest-teaches"), Site(memory_bytes=limit))
+
+
+def test_a_device_without_room_for_the_gated_copies_refuses_though_it_could_train_all_units(masked):
+    instruction = masked("resnet8", train={"batch_size": 64, "momentum": 0.0})
+    whole = handle(replace(instruction, objective="deepest-teaches")).peak_memory_bytes
+    with pytest.raises(SiteError, match="memory: training this sub-model takes"):
+        handle(instruction, Site(memory_bytes=int(1.02 * whole)))
 
 
 def test_the_small_model_is_trained_as_if_it_had_been_sent_small(masked):

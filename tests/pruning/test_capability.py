@@ -113,6 +113,31 @@ def test_what_is_solved_fits_and_a_step_more_would_not(vit, share, preset, learn
         assert found.depth_rate == found.width_rate
 
 
+@pytest.mark.parametrize("preset", ["fit", "paper"])
+@pytest.mark.parametrize("share", [0.4, 0.8, 1.0])
+def test_halving_finds_what_trying_every_width_finds_in_few_estimates(vit, share, preset, monkeypatch):
+    """Also where the whole model, which learns no mask, fits and a slightly narrower one does not."""
+    layout, cost, groups = vit
+    training = Training(64, 0, learns_masks=True)
+    rates = [step / 256 for step in range(1, 257)]
+    if preset == "fit":
+        tried = [Capability(depth, depth / 4, rate) for depth in (1, 2, 3, 4) for rate in rates if rate >= 0.25]
+    else:
+        tried = [solve_rate(layout, rate) for rate in rates]
+
+    def need(found: Capability) -> int:
+        return peak_memory_bytes(layout, cost, groups, found.depth, found.width_rate, training)
+
+    budget = share * need(tried[-1])
+    expected = [found for found in tried if need(found) <= budget][-1]
+    calls = []
+    monkeypatch.setattr(
+        "pruning.capability.peak_memory_bytes", lambda *items: calls.append(1) or peak_memory_bytes(*items)
+    )
+    assert solve_memory(layout, cost, groups, budget, training, preset=preset) == expected
+    assert len(calls) <= 4 * 10
+
+
 def test_a_budget_too_small_for_one_block_says_what_it_would_take(vit):
     layout, cost, groups = vit
     with pytest.raises(CapabilityError, match=r"0\.0 MiB are too small for the first 1 of 4 blocks, whose training"):

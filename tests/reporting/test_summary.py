@@ -13,7 +13,7 @@ import pytest
 from reporting.log import read_events
 from reporting.maps import _evenness
 from reporting.rows import Merge
-from reporting.summary import coverage_gaps, summarise, write_summary
+from reporting.summary import coverage_gaps, summarise, utilisation, write_summary
 from reporting.waiting import find_waits
 
 MakeRun = Callable[..., Path]
@@ -69,6 +69,41 @@ def test_nobody_waits_when_every_arrival_is_merged_at_once(make_run: MakeRun) ->
     assert summary["straggler_wait_s"] == pytest.approx(0.0, abs=1e-6)
     # only work that was still under way at the end is missing from the log
     assert summary["utilisation_ratio"] > 0.8
+
+
+@pytest.mark.parametrize("status", ["merged", "late", "rejected", "failed"])
+def test_utilisation_is_all_work_that_came_back_over_all_clients_time_however_rounds_close(
+    make_run: MakeRun, status: str
+) -> None:
+    """Client 2 is never asked; client 1's second request is under way at the end."""
+
+    def arrival(pid: int, start_s: float, finish_s: float, status: str = "merged") -> dict[str, object]:
+        times = {"start_s": start_s, "finish_s": finish_s, "update_time_s": finish_s - start_s}
+        return {"event": "arrival", "server_round": 1, "partition_id": pid, "status": status, **times}
+
+    start = {"event": "run", "strategy": "cos2p", "num_clients": 3}
+    merges = [{"event": "merge", "server_round": n, "time_s": 4.0 * n} for n in (1, 2)]
+    waits_for_all = [
+        start,
+        arrival(0, 0, 2),
+        arrival(1, 0, 4),
+        merges[0],
+        arrival(0, 4, 6),
+        arrival(1, 4, 8),
+        merges[1],
+    ]
+    for_none = [
+        start,
+        arrival(0, 0, 2),
+        arrival(0, 2, 4),
+        merges[0],
+        arrival(1, 0, 7, status),
+        arrival(0, 4, 8),
+        merges[1],
+    ]
+    found = [summarise(read_events(make_run(f"run{i}", rows))) for i, rows in enumerate((waits_for_all, for_none))]
+    assert [summary["utilisation_ratio"] for summary in found] == pytest.approx([12 / 24, 15 / 24])
+    assert utilisation(0.0, 3, 0.0) is None
 
 
 def test_a_client_that_gets_new_work_before_the_merge_does_not_count_as_waiting(make_run: MakeRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from client_app.handler import handle
+from client_app.store import ClientStore
 from pruning.cost import measure_costs
 from pruning.extract import embed, extract
 from pruning.spec import FULL, SubModelSpec
@@ -128,6 +130,15 @@ def test_masks_are_learned_at_the_first_two_receptions_then_fixed_and_never_at_r
             assert instruction.spec == learned[instruction.partition_id][-1]
     assert {pid: spec.depth for pid, (_, spec) in learned.items()} == {1: 3, 2: 2, 3: 1}
     assert {pid: len(spec.units["block0.mlp"]) for pid, (_, spec) in learned.items()} == {1: 96, 2: 64, 3: 32}
+
+
+def test_a_client_whose_blocks_have_no_unit_to_choose_learns_no_mask(tmp_path):
+    """An MLP's first block is as wide as the second one reads: alone, nothing in it can be left out."""
+    spy = Spy()
+    tiny_run(tmp_path / "run", spy, num_rounds=2, **{**MLP, "model.exits": True, "cos2p.budgets": "1,0.5"})
+    shallow = [i for i, _ in spy.seen if i.spec.depth == 1]
+    assert len(shallow) == 4
+    assert {i.objective for i in shallow} == {"deepest-teaches+exit-choice"}
 
 
 @pytest.mark.slow
@@ -271,6 +282,52 @@ def test_rotation_covers_every_block_and_unit_where_nobody_holds_them(tmp_path):
     tall = {i.partition_id for i, _ in spy.seen if i.spec.depth is None}
     assert len(tall) > 1, "everybody takes a turn"
     assert "depth" not in select(rows, "evaluation")[-1]
+
+
+LOOPS = {
+    "all": {"cos2p.quorum-ratio": 0.0},
+    "half": {"cos2p.quorum-ratio": 0.5},
+    "on arrival": {"loop.quorum": 2, "loop.ask": "on-arrival"},
+    "fedasync": {"loop.preset": "fedasync"},
+}
+
+
+@pytest.mark.parametrize("loop", list(LOOPS))
+def test_rotation_leaves_every_client_its_own_model_and_mask_however_rounds_close(loop, tmp_path):
+    """Nobody holds all units, so N* is 0: everybody takes a turn now and then, and trains its own model mostly."""
+    spy = Spy()
+    settings = {**MLP, **LOOPS[loop], "fleet.name": "linear:2", "cos2p.budgets": "0.5", "cos2p.mask-epochs": 1}
+    asked_at_once = 4 if loop == "all" else 2 if loop in ("half", "on arrival") else 1
+    rows = tiny_run(tmp_path / "run", spy, num_rounds=48 // asked_at_once, **settings, cos2p__rotate_coverage=True)
+    assert select(rows, "merge")[-1]["n_star"] == 0
+    turns, num_turns, merged_into = 0, defaultdict(int), []
+    for pid in range(4):
+        mine = [(i, r) for i, r in spy.seen if i.partition_id == pid]
+        masks = [(i, r) for i, r in mine if i.objective.startswith("mask-learning")]
+        assert len(masks) == 2, "the mask phase ends"
+        for i, _ in mine:
+            if not i.objective.startswith("mask-learning") and i.spec != masks[-1][1].narrowed:
+                num_turns[pid] += 1
+                merged_into.append(i.global_version)
+        turns += num_turns[pid]
+        assert num_turns[pid] < 0.5 * len(mine)
+        steps = ClientStore(mine[0][0].job.store_dir, pid).load(mine[-1][0].dispatch)["objective"]["optimizer"]["step"]
+        per_phase = -(-mine[0][1].num_examples // 16)
+        assert float(steps) == 2 * per_phase, "scores and their optimiser waited for the client's turns to pass"
+    assert len(num_turns) == 4, "everybody takes a turn"
+    patience = -(-4 // asked_at_once)
+    assert all(b - a >= patience for a, b in pairwise(sorted(merged_into))), "one at a time"
+
+
+@pytest.mark.parametrize("loop", ["all", "fedasync"])
+def test_a_resumed_rotation_goes_on_with_whoever_is_next(loop, tmp_path):
+    settings = {**MLP, **LOOPS[loop], "fleet.name": "linear:2", "cos2p.budgets": "0.5", "cos2p.mask-epochs": 1}
+    settings |= {"cos2p.rotate-coverage": True, "train.schedule": "constant"}
+    rounds = (3, 6) if loop == "all" else (7, 16)
+    tiny_run(tmp_path / "whole", num_rounds=rounds[1], **settings)
+    tiny_run(tmp_path / "first", num_rounds=rounds[0], **settings)
+    tiny_run(tmp_path / "second", num_rounds=rounds[1], resume=str(tmp_path / "first"), **settings)
+    assert equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "second"))
 
 
 def test_without_rotation_what_nobody_holds_stays_as_it_was_bit_for_bit(tmp_path):

@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.capability import Capability, inner_groups, sub_model_at
+from pruning.capability import Capability, CapabilityError, inner_groups, sub_model_at
 from pruning.spec import FULL, SubModelSpec
 from strategies.cos2p_rule import (
     Budget,
     Coverage,
     co_s2p_weight,
     covering_spec,
+    full_depth_capabilities,
     l1_distance,
     parse_budgets,
 )
@@ -26,6 +27,22 @@ from wire.flat import ConfigError
 def vit():
     model, layout = small(10, 3, 32, exits=True)
     return layout, inner_groups(layout, {key: tuple(t.shape) for key, t in model.state_dict().items()})
+
+
+def test_each_budget_is_solved_once_however_many_clients_have_it(vit, monkeypatch):
+    solved = []
+
+    def solve(budget, *others):
+        solved.append(budget.memory_bytes)
+        if budget.memory_bytes < 2:
+            raise CapabilityError("too small")
+        return Capability(4, 1.0, budget.memory_bytes / 10)
+
+    monkeypatch.setattr("strategies.cos2p_rule.solve_budget", solve)
+    budgets = [Budget(memory_bytes=1.0 + pid % 3) for pid in range(600)]
+    found = full_depth_capabilities(budgets, None, vit[1], True, 4)
+    assert sorted(solved) == [1.0, 2.0, 3.0]
+    assert found == {pid: Capability(4, 1.0, (1.0 + pid % 3) / 10) for pid in range(600) if pid % 3}
 
 
 def test_budgets_are_rates_bytes_or_shares_of_a_device():

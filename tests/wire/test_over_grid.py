@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from flwr.app import RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.handler import handle
+from tests.marks import slow_but
 from tests.runs import OWN, equal_states, final_state, select, tiny_run, without_timings
 from tests.wire.test_grid import FakeGrid, node
 from wire.grid import GridTransport, report_to_record
@@ -78,3 +80,24 @@ def test_messages_change_nothing_and_are_as_many_as_the_exchange_says(settings, 
     assert messages[3] == 2 * exchanges
     if settings["strategy"] == "adasplit":
         assert messages[1] == 2  # the local phase is one request
+
+
+@pytest.mark.parametrize("case", slow_but([(1, False), (2, False)], product([1, 2], [True, False])))
+def test_co_s2p_cut_anywhere_and_resumed_is_the_run_that_was_not_also_amid_its_mask_phase(case, tmp_path):
+    """Quorum by exits by where it is cut, over messages; a client's scores, its turn and answers under way go on."""
+    quorum, exits = case
+    settings: dict[str, Any] = {"strategy": "cos2p", "loop__quorum": quorum, "cos2p__mask_epochs": 1}
+    if exits:
+        settings |= {"model__name": "tests.vits:small", "model__exits": True, "cos2p__kd_start": 2}
+    settings |= {"cos2p__budgets": "0.5", "cos2p__rotate_coverage": True, "train__optimizer": "adam"}
+    settings |= {"train__learning_rate": 0.003, "evaluation__every": 1, "evaluation__family_every": 1}
+    whole, _ = over_grid(tmp_path / "whole", **{**settings, "num_rounds": 6})
+    learning = {row["server_round"] for row in select(whole, "arrival") if "mask_loss" in row}
+    phase = max(learning)
+    assert 2 <= phase < 6
+    for cut in sorted({1, phase - 1, 5} if not exits else {phase - 1}):
+        over_grid(tmp_path / f"cut{cut}", **{**settings, "num_rounds": cut})
+        again = {**settings, "num_rounds": 6, "resume": str(tmp_path / f"cut{cut}")}
+        rows, _ = over_grid(tmp_path / f"resumed{cut}", **again)
+        assert equal_states(final_state(tmp_path / f"resumed{cut}"), final_state(tmp_path / "whole")), cut
+        assert without_timings(rows) == without_timings(whole), cut
