@@ -57,7 +57,9 @@ CIFAR: Keys = {
 }
 TASKS: dict[str, Task] = {
     "digits": Task({"evaluation.family-every": 1}, 40, 0.2, target=0.95),
-    "cifar10-small-resnet8": Task({**CIFAR, "data.name": "cifar10@16", "model.name": "resnet8"}, 30, 0.3),
+    "cifar10-small-resnet8": Task(
+        {**CIFAR, "data.name": "cifar10@16", "data.max-train": 20000, "model.name": "resnet8"}, 30, 0.3
+    ),
     "cifar10-resnet8": Task({**CIFAR, "model.name": "resnet8"}, 30, 0.3),
     "cifar10-vgg11": Task({**CIFAR, "model.name": "vgg11", "model.width": 0.25}, 30, 0.2),
 }
