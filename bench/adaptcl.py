@@ -8,9 +8,9 @@ Every run is kept in results/bench/adaptcl; a run that is there is not repeated.
 for the same rounds, time to equal accuracy, accuracy of the base model and of the best member of the family, bytes and
 MACs, and accuracy at equal virtual time: *smallest-everywhere* (the straggler's final width on all clients) runs as
 many rounds as fit into AdaptCL's total time, with its learning rate annealed over them, and so do the variants of
-AdaptCL whose rounds take as long. ``cifar10-small-resnet8`` is CIFAR-10 averaged to 16 x 16 pixels: a budget for two
-cores. The CIFAR-10 tasks need ``--data-dir`` with cifar10.npz or torchvision's files; without them they are left out,
-and the output says so.
+AdaptCL whose rounds take as long. ``cifar10-small-resnet8`` is CIFAR-10 averaged to 16 x 16 pixels, 20,000 images of
+it; the others train on 4,000, which is what two cores bear. The CIFAR-10 tasks need ``--data-dir`` with cifar10.npz or
+torchvision's files; without them they are left out, and the output says so.
 """
 
 from __future__ import annotations
