@@ -26,6 +26,10 @@ from wire.flat import kebab, require
 
 PIECE = 2**16
 """Entries at a time: four float32 vectors of so many lie in a second-level cache."""
+STEPPED = 2**18
+"""The same of an optimiser's step, whose call costs as much as a thousand of them."""
+MOMENTS = 2
+"""Vectors that an optimiser remembers at most."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,8 @@ def mask_weights(weights: Tensor, logits: Tensor, config: MaskConfig, seen: Tens
         torch.sigmoid(v, out=s)
         if config.kind == "soft":
             torch.mul(u, s, out=product)
-        elif (held := _held(s, config)) is None:
-            product.copy_(u)
         else:
-            torch.mul(u, held, out=product)
+            torch.ge(s, config.threshold, out=product).mul_(u)
 
 
 def mask_gradients_(weights: Tensor, probabilities: Tensor, gradient: Tensor, config: MaskConfig) -> Tensor | None:
@@ -106,28 +108,22 @@ def mask_gradients_(weights: Tensor, probabilities: Tensor, gradient: Tensor, co
         float32 [num_weights], 1 for the entries that a hard mask holds where they are, 0 for the others; None where
         there are none.
     """
-    start, penalty = 0, torch.tensor(config.penalty_in_force)
-    frozen: Tensor | None = None
-    for u, s, g in _pieces(weights, probabilities, gradient):
-        held = _held(s, config) if config.kind == "hard" else None
-        of_mask = torch.addcmul(penalty, g, u)
-        if config.kind == "soft":
+    penalty = torch.tensor(config.penalty_in_force)
+    room = torch.empty(min(PIECE, len(weights)))  # fresh memory costs more than what is computed in it
+    frozen = torch.empty_like(weights) if config.kind == "hard" else None
+    pieces = list(_pieces(weights, probabilities, gradient))
+    for (u, s, g), off in zip(pieces, [None] * len(pieces) if frozen is None else frozen.split(PIECE), strict=True):
+        of_mask = torch.addcmul(penalty, g, u, out=room[: len(s)])
+        if off is None:
             g.mul_(s)
-        s.addcmul_(s, s, value=-1).mul_(of_mask)
-        if held is not None:
-            g.mul_(held)
-            s.mul_(held)
-            frozen = torch.zeros_like(weights) if frozen is None else frozen
-            torch.sub(1.0, held, out=frozen[start : start + len(s)])
-        start += len(s)
-    return frozen
-
-
-def _held(probabilities: Tensor, config: MaskConfig) -> Tensor | None:
-    """A hard mask, 1 or 0; None where nothing is below the threshold, which is told faster."""
-    if float(probabilities.min()) >= config.threshold:
-        return None
-    return (probabilities >= config.threshold).to(probabilities.dtype)
+            s.addcmul_(s, s, value=-1).mul_(of_mask)
+        else:
+            torch.lt(s, config.threshold, out=off)
+            s.addcmul_(s, s, value=-1).mul_(of_mask)
+            for slope in (g, s):
+                slope.addcmul_(slope, off, value=-1)
+    is_any_frozen = frozen is not None and len(frozen) and float(frozen.max()) > 0
+    return frozen if is_any_frozen else None
 
 
 def _pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -136,26 +132,38 @@ def _pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def step_(optimizer: torch.optim.Optimizer, gradient: Tensor, frozen: Tensor | None = None) -> None:
-    """One step of an optimiser of one flat vector; where it is ``frozen`` (1, not 0), neither vector nor moments move.
+    """One step of an optimiser of a flat vector's parts; where it is ``frozen`` (1, not 0), nothing of it moves.
 
-    Everything moves and is put back: with half of all entries frozen, gathering them by index takes ten times as long.
+    Everything moves and is put back, part by part: with half of all entries frozen, gathering them by index takes ten
+    times as long.
     """
-    vector = optimizer.param_groups[0]["params"][0]
-    before = [] if frozen is None else [t.clone() for t in _moving(optimizer, vector)]
-    vector.grad = gradient
-    optimizer.step()
-    vector.grad = None
-    if frozen is not None:
-        after = _moving(optimizer, vector)
-        before += [torch.zeros_like(vector)] * (len(after) - len(before))  # moments that this step made
-        for tensor, old in zip(after, before, strict=True):
-            tensor.lerp_(old, frozen)  # exactly either of the two, weights being 0 and 1
+    parts = optimizer.param_groups[0]["params"]
+    sizes = [len(part) for part in parts]
+    slopes = gradient.split(sizes)
+    if frozen is None:
+        for part, slope in zip(parts, slopes, strict=True):
+            part.grad = slope
+        optimizer.step()
+    else:
+        room = torch.empty(1 + MOMENTS, max(sizes))
+        for part, slope, held in zip(parts, slopes, frozen.split(sizes), strict=True):
+            part.grad = slope
+            before = [kept[: len(part)].copy_(t) for kept, t in zip(room, _moving(optimizer, part), strict=False)]
+            optimizer.step()  # only of the part that has a gradient
+            part.grad = None
+            after = _moving(optimizer, part)
+            before += [torch.zeros_like(part)] * (len(after) - len(before))  # moments that this step made
+            for tensor, old in zip(after, before, strict=True):
+                tensor.lerp_(old, held)  # exactly either of the two, weights being 0 and 1
+    for part in parts:
+        part.grad = None
 
 
 def step_logits_(optimizer: torch.optim.Adam, gradient: Tensor, frozen: Tensor | None = None) -> None:
-    """One step of a mask's logits; a frozen one has no gradient, and without momentum either Adam leaves it alone.
+    """One step of a mask's logits [num_weights]; where ``frozen`` (1, not 0) they stay for good.
 
-    It never moves again, so that its momentum may be forgotten: cheaper than putting back as ``step_`` does.
+    The gradient must be 0 there, and the Adam without weight decay: then a logit that has lost its momentum is left
+    alone, which is cheaper than putting back as ``step_`` does.
     """
     logits = optimizer.param_groups[0]["params"][0]
     momentum = optimizer.state[logits].get("exp_avg")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from strategies.split.masks import MaskConfig, mask_gradients_, mask_weights, step_, step_logits_
+from strategies.split.masks import STEPPED, MaskConfig, mask_gradients_, mask_weights, step_, step_logits_
 from wire.message import TrainConfig
 from wire.training import make_saved_optimizer
 from zoo.cut import CutModel
@@ -69,7 +69,7 @@ class SplitServer:
         self._first_buffers = {name: state[name].clone() for name in self._buffers}
         self.weights, self.plain = (_flat(state, part) for part in (self._shared, self._plain))
         self._optimizers = [
-            make_saved_optimizer(train, [vector], train.learning_rate, fused=True)
+            make_saved_optimizer(train, vector.split(STEPPED), train.learning_rate, fused=True)
             for vector in (self.weights, self.plain)
         ]
         self._seen, self._chances, self._gradient = (torch.zeros_like(self.weights) for _ in range(3))
