@@ -109,8 +109,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of the file that keeps its outcome."""
-        return f"{self.task}_sigma{self.sigma:g}_seed{self.seed}_{self.method.replace(',', '').replace(' ', '-')}"
+        """Of the file that keeps its outcome: another budget is another file."""
+        task, method = TASKS[self.task], self.method.replace(",", "").replace(" ", "-")
+        budget = f"{task.num_rounds}x{task.keys.get('data.max-train', 'all')}"
+        return f"{self.task}_{budget}_sigma{self.sigma:g}_seed{self.seed}_{method}"
 
     def path(self, store: Path) -> Path:
         """Where its outcome is kept."""
@@ -229,11 +231,12 @@ def outcome(log: Path) -> dict[str, Any]:
 
 def summarise(task: str, sigma: float, options: argparse.Namespace) -> dict[str, Any]:
     """One table: every method against FedAvg, as means over seeds of ratios taken seed by seed."""
-    methods = [m for m in METHODS if Case(task, sigma, 0, m).path(options.store).exists()]
+    seeds = seeds_of(options)
+    methods = [m for m in METHODS if any(Case(task, sigma, seed, m).path(options.store).exists() for seed in seeds)]
     rows = []
     for method in methods:
         columns: dict[str, list[float]] = {}
-        for seed in seeds_of(options):
+        for seed in seeds:
             cases = {m: Case(task, sigma, seed, m) for m in (method, "fedavg", "adaptcl")}
             if not all(case.path(options.store).exists() for case in cases.values()):
                 continue

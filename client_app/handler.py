@@ -16,7 +16,7 @@ from torch.nn import functional
 from client_app.batches import augmented, local_batches
 from client_app.data import Examples, job_examples
 from client_app.meter import MemoryMeter
-from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, needed_memory
+from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, needed_bytes
 from client_app.site import NOWHERE, Site
 from client_app.store import ClientStore
 from pruning.capability import Training
@@ -82,8 +82,8 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
     if site.memory_bytes:
         training = Training(min(job.train.batch_size, len(train)), optimizer_slots(job.train))
-        measure = lambda spec: measured(resize(task.full, layout, spec), shape)  # noqa: E731
-        site.check_memory(needed_memory(instruction.objective, task, training, measure))
+        cost_of = partial(costs_of, job.model, num_classes, shape)
+        site.check_memory(needed_bytes(instruction.objective, task, training, cost_of))
     return _train(instruction, job, task, cost, store, memory)
 
 
@@ -176,7 +176,14 @@ def sub_model(
     """The sub-model of ``spec`` without storage, the full layout, and what it costs."""
     full, layout = full_model(config, num_classes, shape)
     small = resize(full, layout, spec) if spec != FULL else full
-    return small, layout, price(small, shape)
+    return small, layout, costs_of(config, num_classes, shape, spec).of(FULL)
+
+
+@lru_cache(maxsize=64)
+def costs_of(config: ModelConfig, num_classes: int, shape: tuple[int, int, int], spec: SubModelSpec) -> CostModel:
+    """Costs of the sub-model of ``spec``, as a whole."""
+    full, layout = full_model(config, num_classes, shape)
+    return measured(resize(full, layout, spec) if spec != FULL else full, shape)
 
 
 def price(model: nn.Module, shape: tuple[int, int, int]) -> Cost:

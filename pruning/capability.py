@@ -142,10 +142,14 @@ def mask_phase_bytes(
 
 
 def _beside(layout: Layout, cost: CostModel, depth: int | None) -> dict[str, int]:
-    """Size of what is trained beside the scores, at most: what is no matrix (biases stay frozen), the deepest head."""
+    """Size of what is trained beside the scores, at most: what is no matrix (biases stay frozen), the last exit's head.
+
+    By keys and shapes what ``client_app.objectives.masks.freeze`` says of modules.
+    """
     blocks = len(layout.blocks) if depth is None else depth
     held = [key for key in cost.trainable if (block := layout.block_of(key)) is None or block < blocks]
-    last = max((int(key.split(".")[1]) for key in held if key.startswith("heads.")), default=-1)
+    exits = [int(index) for key in held if key.startswith("heads.") and (index := key.split(".")[1]).isdigit()]
+    last = max(exits, default=-1)
     sizes = {key: cost.shapes[key] for key in held}
     return {k: prod(s) for k, s in sizes.items() if len(s) < 2 or s[0] == 1 or k.startswith(f"heads.{last}.")}
 

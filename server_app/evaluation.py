@@ -108,7 +108,10 @@ def reestimate_batch_norm(model: nn.Module, examples: Examples, batch_size: int 
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()  # the first batch replaces whatever is there
+            norm.num_batches_tracked.zero_()  # the first batch replaces what is there, if it is a number
+        for statistic in (norm.running_mean, norm.running_var):
+            if statistic is not None:
+                statistic.nan_to_num_()
         norm.momentum = None  # cumulative mean
     model.train()
     for start in range(0, max(1, len(examples) - 1), batch_size):

@@ -152,10 +152,13 @@ class AdaSplit(SubModelStrategy):
         """Nobody until the last local round, whose one request covers all of them; then the first stretch."""
         if server_round == 1 and self.num_local == 0 < self.config.kappa:
             num_rounds = self.setting.job.num_rounds
+            least = (
+                f"set it to {math.ceil(1000 / num_rounds) / 1000:g} or more" if num_rounds > 1 else "raise num-rounds"
+            )
             self.warn(
                 1,
                 f"adasplit.kappa = {self.config.kappa:g} of {num_rounds} rounds is less than one: there is no local "
-                f"phase; set it to {math.ceil(1000 / num_rounds) / 1000:g} or more for one, to 0 if none is wanted",
+                f"phase; {least} for one, or set it to 0 if none is wanted",
             )
         if server_round < self.num_local:
             return {}

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -128,9 +129,10 @@ class SubModelStrategy(Hooks, Strategy):
                 self._keep(exchange)
         finally:
             transport.close()
-            for held in (self, exchange.shelf, self._versions):
-                if held is not None:
-                    held.close()
+            with ExitStack() as stack:  # all of them, whatever one of them raises
+                for held in (self._versions, exchange.shelf, self):
+                    if held is not None:
+                        stack.callback(held.close)
         result.arrays = ArrayRecord(progress.state)
         return result
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from client_app.objectives.base import Findings, Fitted, Loss, Measure, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.base import CostOf, Findings, Fitted, Loss, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.drift import proximal, variates
 from client_app.objectives.exit_choice import exit_choice
 from client_app.objectives.gated import gated
 from client_app.objectives.magnitude import magnitude
-from client_app.objectives.masks import mask_learning, mask_memory
+from client_app.objectives.masks import mask_learning, mask_peak_bytes
 from client_app.objectives.nested import nested
 from client_app.objectives.ordered_dropout import ordered_dropout
 from client_app.objectives.sparsity import sparse
-from client_app.objectives.split import contrastive, contrastive_memory, split, split_memory
+from client_app.objectives.split import contrastive, contrastive_peak_bytes, split, split_peak_bytes
 from pruning.capability import Training
 from pruning.spec import FULL
 from wire.flat import nearest
@@ -50,10 +50,10 @@ CORRECTIONS: Mapping[str, Callable[[Task, Objective], Objective]] = {
 }
 """Every correction by the name that instructions use; ``train.sparsity`` adds ``sparse`` by itself."""
 
-MEMORY: Mapping[str, Callable[[Task, Training, Measure], int]] = {
-    "contrastive": contrastive_memory,
-    "mask-learning": mask_memory,
-    "split": split_memory,
+PEAKS: Mapping[str, Callable[[Task, Training, CostOf], int]] = {
+    "contrastive": contrastive_peak_bytes,
+    "mask-learning": mask_peak_bytes,
+    "split": split_peak_bytes,
 }
 """Base -> estimated peak of its training, bytes, where it trains something else than the task's model, or in phases."""
 
@@ -75,17 +75,19 @@ def make_objective(name: str, task: Task) -> Objective:
     return objective
 
 
-def needed_memory(name: str, task: Task, training: Training, measure: Measure) -> int:
+def needed_bytes(name: str, task: Task, training: Training, cost_of: CostOf) -> int:
     """Estimated peak of training with the named objective's base, bytes.
 
     Parameters
     ----------
+    name : base and corrections, which need little beside it.
+    task : of one request.
     training : the largest batch, and what the optimiser keeps.
-    measure : what the sub-model of a spec costs.
+    cost_of : what the sub-model of a spec costs.
     """
-    if (peak := MEMORY.get(name.split("+")[0])) is not None:
-        return peak(task, training, measure)
-    return measure(task.spec).of(FULL).peak_memory_bytes(training.batch_size, training.optimizer_slots)
+    if (peak := PEAKS.get(name.split("+")[0])) is not None:
+        return peak(task, training, cost_of)
+    return cost_of(task.spec).of(FULL).peak_memory_bytes(training.batch_size, training.optimizer_slots)
 
 
 def _find(name: str, known: Mapping[str, Kind], what: str) -> Kind:
@@ -99,6 +101,7 @@ def _find(name: str, known: Mapping[str, Kind], what: str) -> Kind:
 __all__ = [
     "CORRECTIONS",
     "OBJECTIVES",
+    "CostOf",
     "Findings",
     "Fitted",
     "Loss",
@@ -107,5 +110,5 @@ __all__ = [
     "Task",
     "last_logits",
     "make_objective",
-    "needed_memory",
+    "needed_bytes",
 ]

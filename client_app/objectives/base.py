@@ -100,7 +100,7 @@ class Fitted:
     num_steps: int
 
 
-Measure = Callable[[SubModelSpec], CostModel]
+CostOf = Callable[[SubModelSpec], CostModel]
 """Spec -> costs of that sub-model as a whole."""
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from client_app.batches import augmented, batches
 from client_app.meter import MemoryMeter
-from client_app.objectives.base import Findings, Measure, Objective, ObjectiveError, Task, last_logits
+from client_app.objectives.base import CostOf, Findings, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.gates import READERS, Gates, readers_of
@@ -114,12 +114,18 @@ def learn_mask(task: Task) -> Learned:
     return Learned(spec, memory, total / num_examples, num_seen, phase.peak_bytes)
 
 
-def mask_memory(task: Task, training: Training, measure: Measure) -> int:
-    """Estimated peak of both phases, bytes: scores on the model as received, then training of the part they choose."""
+def mask_peak_bytes(task: Task, training: Training, cost_of: CostOf) -> int:
+    """Estimated peak of both phases, bytes: scores on the model as received, then training of the part they choose.
+
+    Raises
+    ------
+    ObjectiveError
+        If there is no unit to choose.
+    """
     groups, rate = gated_groups(task), float(task.settings["width-rate"])
-    phase = mask_phase_bytes(Layout(()), measure(task.spec), groups, FULL, training)
+    phase = mask_phase_bytes(Layout(()), cost_of(task.spec), groups, FULL, training)
     kept = {name: range(width) for name, width in widths_at(groups, rate).items()}
-    small = measure(SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)).of(FULL)
+    small = cost_of(SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)).of(FULL)
     return max(phase, small.peak_memory_bytes(training.batch_size, training.optimizer_slots))
 
 

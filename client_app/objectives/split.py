@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from client_app.data import Examples
-from client_app.objectives.base import Findings, Fitted, Loss, Measure, Objective, ObjectiveError, Task
+from client_app.objectives.base import CostOf, Findings, Fitted, Loss, Objective, ObjectiveError, Task
 from client_app.objectives.half import Half, plan_of
 from client_app.objectives.ntxent import has_positive_pair, nt_xent
 from pruning.capability import Training
@@ -50,12 +50,12 @@ def split(task: Task) -> Objective:
     return _objective(task, has_own_loss=False)
 
 
-def contrastive_memory(task: Task, training: Training, measure: Measure) -> int:
+def contrastive_peak_bytes(task: Task, training: Training, cost_of: CostOf) -> int:
     """Estimated peak of ``contrastive``, bytes: half and head under training, and the activations it sends."""
     return _peak_bytes(task, training, has_own_loss=True)
 
 
-def split_memory(task: Task, training: Training, measure: Measure) -> int:
+def split_peak_bytes(task: Task, training: Training, cost_of: CostOf) -> int:
     """Estimated peak of ``split``, bytes: the half under training, and the activations it sends."""
     return _peak_bytes(task, training, has_own_loss=False)
 

@@ -47,7 +47,7 @@ class Gates(nn.ModuleDict):
         self.can_group = all(_block_of(layout, site) is not None for site in sites)
         self.blocks, self.exits = tuple(block.name for block in layout.blocks), layout.exits
         self._order: Tensor | None = None
-        self._sorted_at: nn.Module | None = None
+        self._sorted_at: tuple[nn.Module, ...] = ()  # in a tuple, for it is no child of this one
         self._last_order: Tensor | None = None
         self._is_peeking = False
 
@@ -110,7 +110,7 @@ class Gates(nn.ModuleDict):
 
     def on_start(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Before the network's pass."""
-        self._order, self._sorted_at, self.execution.sizes = None, None, None
+        self._order, self._sorted_at, self.execution.sizes = None, (), None
 
     def on_block(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before a block with gates: once, sort the batch by who would win there."""
@@ -120,7 +120,7 @@ class Gates(nn.ModuleDict):
         gates = self._peek(block, inputs)
         if gates is None:
             return None
-        self._sorted_at = block
+        self._sorted_at = (block,)
         self._order, self.execution.sizes = group_samples(gates, self.execution.num_groups)
         return (_reordered(inputs[0], self._order), *inputs[1:])
 
@@ -132,8 +132,8 @@ class Gates(nn.ModuleDict):
         GateError
             If the network has several outputs, and its layout does not say behind which blocks they stand.
         """
-        order, block = self._order, self._sorted_at
-        self._order, self._sorted_at, self.execution.sizes = None, None, None
+        order, sorted_at = self._order, self._sorted_at
+        self._order, self._sorted_at, self.execution.sizes = None, (), None
         self._last_order = order
         if order is None:
             return None
@@ -146,7 +146,7 @@ class Gates(nn.ModuleDict):
                 f"{type(module).__name__} its layout places {len(self.exits)} behind blocks; use 'batch' or 'sample', "
                 "or declare a layout whose blocks own the exit heads"
             )
-        depth = next(i for i, path in enumerate(self.blocks) if module.get_submodule(path) is block)
+        depth = next(i for i, path in enumerate(self.blocks) if module.get_submodule(path) in sorted_at)
         # an exit that stands before the block at which samples were sorted has answered already
         return [x if exit <= depth else x.index_select(0, back) for exit, x in zip(self.exits, outputs, strict=False)]
 

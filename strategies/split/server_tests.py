@@ -89,7 +89,15 @@ class ServerTests:
 def tested(
     logits: Sequence[Tensor], labels: Tensor, label_counts: Sequence[int], own_classes: bool
 ) -> tuple[float, int]:
-    """Mean loss, and number of right answers, of some of one client's test samples."""
+    """Mean loss, and number of right answers, of some of one client's test samples.
+
+    Parameters
+    ----------
+    logits : their parts, each [num_samples of the part, num_classes].
+    labels : int64 [num_samples].
+    label_counts : the client's training examples of each class.
+    own_classes : whether the answer is one of the classes that the client has.
+    """
     answers = torch.cat(list(logits))
     if own_classes:
         answers = answers.masked_fill(torch.tensor(label_counts) == 0, -1e4)

@@ -15,7 +15,7 @@ from client_app.batches import batches, flip_shift
 from client_app.handler import handle, measured
 from client_app.objectives import ObjectiveError, Task, make_objective
 from client_app.objectives.gates import GatedProduct, Gates, StraightThrough
-from client_app.objectives.masks import MaskPhase, choose_units, freeze, gated_groups, learn_mask, mask_memory
+from client_app.objectives.masks import MaskPhase, choose_units, freeze, gated_groups, learn_mask, mask_peak_bytes
 from client_app.site import Site, SiteError
 from client_app.store import ClientStore
 from pruning.capability import Training, inner_groups
@@ -327,7 +327,7 @@ def test_the_estimate_of_the_mask_phase_is_what_it_was_counted_to_hold(masked, n
     instruction = masked(name, exits, train={"batch_size": 64, "optimizer": optimizer})
     task, shape = task_for(instruction), (1, 8, 8)
     slots = optimizer_slots(instruction.job.train)
-    estimate = mask_memory(
+    estimate = mask_peak_bytes(
         task, Training(64, slots), lambda spec: measured(resize(task.full, task.layout, spec), shape)
     )
     phase = MaskPhase(task, gated_groups(task))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,3 +165,13 @@ def test_a_sub_model_keeps_the_groups_of_its_blocks_only(vit):
         "block1.mlp": 64,
     }
     assert [group.name for group in groups_within(groups, layout, 1)] == ["block0.heads", "block0.mlp"]
+
+
+def test_a_head_that_is_no_exit_has_a_memory_too():
+    """torchvision's vision transformers call theirs ``heads.head``."""
+    head = nn.Sequential(OrderedDict(head=nn.Linear(8, 10)))
+    model = nn.Sequential(OrderedDict(flat=nn.Flatten(), body=nn.Linear(3 * 32 * 32, 8), heads=head))
+    group = Group("body", 8, (Axis("body.weight", 0), Axis("body.bias", 0), Axis("heads.head.weight", 1)))
+    layout = Layout((group,))
+    found = solve_memory(layout, costs(model, layout), (group,), 10**9, TRAINING)
+    assert found.width_rate == 1

@@ -43,6 +43,17 @@ def test_every_exit_answers_in_the_order_of_the_images_also_before_the_block_at_
             torch.testing.assert_close(mine, theirs)
 
 
+def test_a_pass_leaves_the_gates_as_they_are():
+    model, _ = gated("resnet8")
+    gates_of(model).set_density(0.5).configure("group", compact=True, num_groups=4)
+    children, keys = list(gates_of(model)), list(model.state_dict())
+    seen = []
+    model.heads[0].register_forward_hook(lambda *_: seen.append(list(model.state_dict())))
+    model(images_for("resnet8", 8))
+    assert seen == [keys]
+    assert list(gates_of(model)) == children
+
+
 def test_exits_before_the_first_gate_do_not_hear_of_it_however_many_units_win():
     model, _ = gated("cnn")
     images = images_for("cnn", 8)
