@@ -53,7 +53,7 @@ def main() -> None:
     """Rewrite every marked part of the README for which there are results, and docs/benchmarks.md."""
     text = README.read_text(encoding="utf-8")
     parts = {
-        "adaptcl": columns_part(("adaptcl", "adaptcl_cifar10", "adaptcl_vgg11"), ADAPTCL_COLUMNS),
+        "adaptcl": columns_part(("adaptcl", "adaptcl_small", "adaptcl_cifar10", "adaptcl_vgg11"), ADAPTCL_COLUMNS),
         "adp": columns_part(("adp",), ADP_COLUMNS),
         "baselines": columns_part(("baselines",), BASELINES_COLUMNS),
         "bounds": markdown(bounds()),
