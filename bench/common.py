@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+OUTCOMES = RESULTS.with_name("outcomes")
+"""What some of the tables are made of, run by run: with ``--store`` a seed or a method can be added to them."""
 PACKAGES = ("flwr", "numpy", "torch")
 
 

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from bench.adaptcl import FOLLOWERS, METHODS, TASKS, Case, compare, first_reaching, keys_of, outcome
+from bench.adaptcl import FOLLOWERS, METHODS, TASKS, Case, compare, first_reaching, keys_of, outcome, summarise
+from bench.common import OUTCOMES, RESULTS
 from server_app.config import parse
 from tests.runs import tiny_run
 
@@ -32,6 +33,12 @@ def test_a_row_is_read_against_fedavg_and_at_adaptcls_time():
     assert row["best at AdaptCL's time"] == 0.7, "its sixth round ends after AdaptCL"
     assert (row["best of family"], row["base"], row["base re-est."]) == (0.8, 0.8, 0.4)
     assert (row["upload"], row["MACs"]) == (0.4, 0.25)
+
+
+def test_the_kept_table_is_what_the_kept_outcomes_say():
+    kept = json.loads((RESULTS / "adaptcl_small.json").read_text())["results"]["tables"]
+    options = argparse.Namespace(store=OUTCOMES / "adaptcl", seed=0, seeds=3)
+    assert kept == [summarise("cifar10-small-resnet8", 5.0, options)]
 
 
 def test_a_target_that_is_never_reached_takes_for_ever():
