@@ -110,7 +110,10 @@ class SubModelStrategy(Hooks, Strategy):
         progress, result = self.progress, Result()
         exchange = self._open(transport)
         num_empty = 0
-        try:
+        with ExitStack() as stack:  # all of them, whatever one of them raises
+            for held in (self._versions, exchange.shelf, self, transport):
+                if held is not None:
+                    stack.callback(held.close)
             if progress.server_round == 0:
                 self._evaluate(exchange, 0, result, evaluate_fn)
             for server_round in range(progress.server_round + 1, num_rounds + 1):
@@ -127,12 +130,6 @@ class SubModelStrategy(Hooks, Strategy):
                 if is_due or server_round == num_rounds:
                     self._evaluate(exchange, server_round, result, evaluate_fn)
                 self._keep(exchange)
-        finally:
-            transport.close()
-            with ExitStack() as stack:  # all of them, whatever one of them raises
-                for held in (self._versions, exchange.shelf, self):
-                    if held is not None:
-                        stack.callback(held.close)
         result.arrays = ArrayRecord(progress.state)
         return result
 

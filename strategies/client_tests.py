@@ -39,7 +39,6 @@ def ask_tests(
     judge : finishes a test that the client could only begin; None asks the client again.
     turn_away : told of clients whose answers could not be judged.
     """
-
     asked: dict[int, int] = {}  # dispatch -> client
 
     def take(answer: Report | Failure) -> _Heard | None:
