@@ -125,18 +125,20 @@ def memory_at(bound: int, num_clients: int, width: float, seed: int) -> dict[str
     torch.set_num_threads(1)
     server, shape = make("soft", width, seed)
     generator = torch.Generator().manual_seed(seed)
-    for pid in range(num_clients):  # masks are there before anything is measured
-        server.step(pid, *batch(shape, generator), 1e-4)
+    replay = Replay(server, seed)
+    replay.put([Work(0, pid, *batch(shape, generator)) for pid in range(num_clients)], 1e-4, 0)
+    replay.start()  # masks, their optimizers and what a step takes are the server's own, in the thread that steps
+    replay.collect()
     settle()
     before = peak_bytes()
     num_steps = bound // (4 * BATCH * torch.Size(shape).numel())
-    replay = Replay(server, seed)
     largest = 0
     for _ in range(3):
         work = [Work(s, pid, *batch(shape, generator)) for pid in range(num_clients) for s in range(num_steps)]
         largest = max(largest, held_bytes(work))
         replay.collect()
         replay.put(work, 1e-4, 0)
+        del work
         replay.start()
     replay.collect()
     replay.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Replay:
     def __init__(self, server: SplitServer, seed: int, wants_gradients: bool = False) -> None:
         self.server, self.seed, self.wants_gradients = server, seed, wants_gradients
         self.gradients: dict[int, tuple[int, Tensor]] = {}
-        self._job: tuple[Work, ...] | None = None
+        self._job: deque[Work] | None = None
         self._rate, self._round = 0.0, 0
         self._losses: dict[int, list[float]] | None = None
         self._future: Future[dict[int, list[float]]] | None = None
@@ -55,7 +56,7 @@ class Replay:
         """Queue work; what was put before must have been collected."""
         assert self._job is None
         assert self._losses is None
-        self._job = tuple(sorted(work, key=lambda item: (item.step, item.partition_id)))
+        self._job = deque(sorted(work, key=lambda item: (item.step, item.partition_id)))
         self._rate, self._round = learning_rate, server_round
 
     def start(self) -> None:
@@ -90,11 +91,10 @@ class Replay:
             self._thread.shutdown()
             self._thread = None
 
-    def _run(self, job: Sequence[Work]) -> dict[int, list[float]]:
+    def _run(self, job: deque[Work]) -> dict[int, list[float]]:
         losses: dict[int, list[float]] = {}
-        for item in job:
-            if self._is_closed:
-                break
+        while job and not self._is_closed:
+            item = job.popleft()  # activations go as they are used: the next uploads are on their way
             place = (self.seed, self._round, item.step, item.partition_id)
             loss, gradient = self.server.step(
                 item.partition_id, item.activations, item.labels, self._rate, place, self.wants_gradients
@@ -122,7 +122,7 @@ class Replay:
 
     def import_state(self, raw: dict[str, Any]) -> None:
         """Go on from ``export_state``."""
-        work = tuple(Work(w["at"][0], w["at"][1], w["activations"], w["labels"]) for w in raw["work"])
+        work = deque(Work(w["at"][0], w["at"][1], w["activations"], w["labels"]) for w in raw["work"])
         self._job = work if raw["has_job"] else None
         self._rate, self._round = raw["rate"], raw["round"]
         losses = raw["losses"]
