@@ -33,6 +33,7 @@ from zoo.vit import vit
 
 RATIO_BOUND = 1.15
 SIZES: dict[str, dict[str, Any]] = {
+    "vit_small": {"dim": 384, "num_heads": 6, "num_blocks": 8},
     "vit_tiny": {"dim": 192, "num_heads": 3, "num_blocks": 8},
     "vit_micro": {"dim": 64, "num_heads": 4, "num_blocks": 8, "grid": 4},
 }
