@@ -69,7 +69,7 @@ class SplitServer:
         self._first_buffers = {name: state[name].clone() for name in self._buffers}
         self.weights, self.plain = (_flat(state, part) for part in (self._shared, self._plain))
         self._optimizers = [
-            make_saved_optimizer(train, vector.split(STEPPED), train.learning_rate, fused=True)
+            make_saved_optimizer(train, vector.split(STEPPED), train.learning_rate)
             for vector in (self.weights, self.plain)
         ]
         self._seen, self._chances, self._gradient = (torch.zeros_like(self.weights) for _ in range(3))
