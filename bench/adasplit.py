@@ -113,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common_options("adasplit", __doc__)
     parser.add_argument("--part", action="append", choices=("compare", "ablations", "sweeps"))
     parser.add_argument("--benchmark", action="append", choices=[name for name in BENCHMARKS if name != "digits"])
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="compare only these; repeatable")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000, help="of a client (default 2000; the paper has 12,000)")
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = parser.parse_args(arguments)
     chosen.part = chosen.part or ["compare", "ablations", "sweeps"]
     chosen.benchmark = chosen.benchmark or ["mixed-cifar", "mixed-noniid", "iid"]
+    chosen.method = chosen.method or list(METHODS)
     if chosen.quick:
         chosen.part, chosen.benchmark, chosen.seeds, chosen.rounds = ["compare"], ["digits"], 1, 5
         chosen.store = chosen.store.with_name("adasplit-quick")
@@ -141,7 +143,7 @@ def tables_of(benchmark: str, chosen: argparse.Namespace, deadline: float) -> li
     rates = tuned(benchmark, chosen, deadline)
     made = []
     if "compare" in chosen.part:
-        cases = [Case(benchmark, m, "", seed, rates[m], budget) for m in METHODS for seed in seeds_of(chosen)]
+        cases = [Case(benchmark, m, "", seed, rates[m], budget) for m in chosen.method for seed in seeds_of(chosen)]
         run_missing(cases, chosen, deadline)
         made.append({"title": f"{benchmark}: methods", "rows": rows_of(benchmark, cases, chosen)})
     rate = rates["adasplit"]
@@ -165,7 +167,9 @@ def tuned(benchmark: str, chosen: argparse.Namespace, deadline: float) -> dict[s
     trials = {m: ADAM if kind == "adam" else SGD for m, (_, kind) in METHODS.items()}
     if chosen.quick:
         return {m: values[0] for m, values in trials.items()}
-    wanted, budget = list(METHODS) if "compare" in chosen.part else ["adasplit"], budget_of(chosen)
+    compared = chosen.method if "compare" in chosen.part else []
+    varied = ["adasplit"] if chosen.part != ["compare"] else []
+    wanted, budget = dict.fromkeys([*compared, *varied]), budget_of(chosen)
     cases = {m: [Case(benchmark, m, "", TUNING_SEED, rate, budget) for rate in trials[m]] for m in wanted}
     run_missing([case for group in cases.values() for case in group], chosen, deadline)
     best = {m: values[0] for m, values in trials.items()}
