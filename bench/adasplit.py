@@ -26,7 +26,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, num_cores, print_table, seeds_of
+import numpy as np
+
+from bench.common import RESULTS, finish, num_cores, print_table, seeds_of
 from bench.common import options as common_options
 from bench.mixed import has_data
 from bench.runs import STORES, Job, Keys, carry_out, load
@@ -87,6 +89,8 @@ PUBLISHED: dict[str, dict[str, tuple[float, float, float, float]]] = {
 }
 """Benchmark -> method -> accuracy, GB, client TMAC, C3 (five clients, five seeds, all images)."""
 TUNING_SEED = 1000
+ACCURACY, BANDWIDTH = "#1f5fa8", "#b5541c"
+"""Colours of the curves."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tables = [table for name in chosen.benchmark for table in tables_of(name, chosen, deadline)]
     for table in tables:
         print_table(table["title"], table["rows"])
+    curves = {name: table["rows"] for table in tables for name in SWEEPS if table["title"].endswith(f": {name}")}
+    if curves:
+        draw(curves, (chosen.out or RESULTS / "adasplit.json").with_suffix(".svg"))
     return finish("adasplit", chosen, {"tables": tables, "budget_hours": chosen.hours}, seeds=seeds_of(chosen))
 
 
@@ -156,9 +163,7 @@ def tables_of(benchmark: str, chosen: argparse.Namespace, deadline: float) -> li
         for name, (_, values) in SWEEPS.items():
             cases = [Case(benchmark, "adasplit", f"{name} {value}", 0, rate, budget) for value in values]
             run_missing(cases, chosen, deadline)
-            rows = rows_of(benchmark, cases, chosen)
-            made.append({"title": f"{benchmark}: {name}", "rows": rows})
-            draw(name, rows, chosen.store / f"{benchmark}-{name}.svg")
+            made.append({"title": f"{benchmark}: {name}", "rows": rows_of(benchmark, cases, chosen)})
     return made
 
 
@@ -273,23 +278,29 @@ def mean_spending(runs: Sequence[Spending]) -> Spending:
     return Spending(*(statistics.fmean(getattr(run, name) for run in runs) for name in Spending.__dataclass_fields__))
 
 
-def draw(name: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy and bandwidth over one knob."""
+def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Accuracy and bandwidth over every knob, a panel each."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same curves are the same file
     from matplotlib import pyplot
 
-    figure, left = pyplot.subplots(figsize=(4.5, 3), layout="constrained")
-    right = left.twinx()
-    labels = [str(row["method"]).removeprefix(f"{name} ") for row in rows]
-    left.plot(labels, [row["accuracy"] for row in rows], marker="o", color="#1f5fa8")
-    right.plot(labels, [row["GB counted"] for row in rows], marker="s", linestyle="--", color="#b5541c")
-    left.set_xlabel(name)
-    left.set_ylabel("accuracy", color="#1f5fa8")
-    right.set_ylabel("GB counted", color="#b5541c")
-    right.set_ylim(bottom=0)
-    figure.savefig(path)
+    figure, panels = pyplot.subplots(
+        1, len(curves), figsize=(3.2 * len(curves), 2.8), layout="constrained", sharey=True
+    )
+    for (name, rows), left in zip(curves.items(), np.atleast_1d(panels), strict=True):
+        right = left.twinx()
+        labels = [str(row["method"]).removeprefix(f"{name} ") for row in rows]
+        left.plot(labels, [row["accuracy"] for row in rows], marker="o", color=ACCURACY)
+        right.plot(labels, [row["GB counted"] for row in rows], marker="s", linestyle="--", color=BANDWIDTH)
+        left.set_xlabel(name)
+        right.set_ylim(0, 1.1 * max(row["GB counted"] for each in curves.values() for row in each))
+        right.tick_params(axis="y", colors=BANDWIDTH, labelright=name == list(curves)[-1])
+    figure.supylabel("accuracy", color=ACCURACY, fontsize="medium")
+    right.set_ylabel("GB counted", color=BANDWIDTH)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 

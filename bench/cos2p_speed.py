@@ -2,16 +2,13 @@
 
 Weight phase: the resized sub-model with its exits and the distillation, against a plain ViT with one head that was
 built with those widths and that depth. Mask phase: gated forward, backward to the activations, both optimisers,
-against a plain step, time scaled to the MACs. Both take turns within one process; the ratio is the median over all
-turns of CPU seconds. One thread, SGD with momentum.
+against a plain step, time scaled to the MACs. Both take turns within one process, and the fastest half of each one's
+steps counts, in CPU seconds. One thread, SGD with momentum.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import finish, options, print_table, within
-from bench.step import stepper, take_turns
+from bench.step import stepper
+from bench.turns import Step, take_turns, typical_s
 from client_app.data import Examples
 from client_app.objectives import Task, make_objective
 from client_app.objectives.masks import MaskPhase, gated_groups, mask_macs
@@ -39,38 +37,28 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def weight_step(task: Task) -> Callable[[], float]:
-    """One step of the weight phase; returns its CPU seconds."""
+def weight_step(task: Task) -> Step:
+    """One step of the weight phase."""
     assert task.examples is not None
     objective = make_objective("deepest-teaches+exit-choice", task)
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.01, momentum=0.9)
     x, y = task.examples.batch(slice(None))
 
-    def step() -> float:
-        began = time.process_time()
+    def step() -> None:
         loss, _ = objective.loss(x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return time.process_time() - began
 
-    step()
     return step
 
 
-def mask_step(task: Task) -> Callable[[], float]:
-    """One step of the mask phase; returns its CPU seconds."""
+def mask_step(task: Task) -> Step:
+    """One step of the mask phase."""
     assert task.examples is not None
     phase = MaskPhase(task, gated_groups(task))
     x, y = task.examples.batch(slice(None))
-
-    def step() -> float:
-        began = time.process_time()
-        phase.step(x, y)
-        return time.process_time() - began
-
-    step()
-    return step
+    return lambda: phase.step(x, y)
 
 
 def plain(size: dict[str, Any], depth: int, rate: float, image_size: int) -> nn.Module:
@@ -111,17 +99,18 @@ def measure(name: str, rate: float, arguments: argparse.Namespace) -> list[dict[
         ("masks", mask_step(part(whole)), plain(size, depth, 1.0, image_size), float(phase_macs)),
     ):
         rival_macs = macs_of(rival, x)
-        ours, theirs = take_turns([mine, stepper(rival, x, y)], arguments.budget_s, arguments.least)
+        times = take_turns({"ours": mine, "theirs": stepper(rival, x, y)}, arguments.least, arguments.budget_s)
         scale = macs / rival_macs
+        ours, theirs = typical_s(times["ours"]), typical_s(times["theirs"]) * scale
         row = {
             "model": name,
             "rate": rate,
             "phase": phase,
-            "ms_per_sample": 1e3 * statistics.median(ours) / arguments.batch,
-            "plain_ms_per_sample": 1e3 * statistics.median(theirs) * scale / arguments.batch,
+            "ms_per_sample": 1e3 * ours / arguments.batch,
+            "plain_ms_per_sample": 1e3 * theirs / arguments.batch,
             "macs_ratio": scale,
-            "ratio": statistics.median(a / (b * scale) for a, b in zip(ours, theirs, strict=True)),
-            "steps": len(ours),
+            "ratio": ours / theirs,
+            "steps": len(times["ours"]),
         }
         rows.append(row | {"bound": within(row["ratio"], RATIO_BOUND)})
     return rows

@@ -4,20 +4,18 @@
     python -m bench.gates --nets resnet32 --density 0.3
     python -m bench.gates --quick
 
-All variants of a comparison take turns in one process; a figure is the median over turns of the ratio of CPU times
-within a turn, so that a busy machine disturbs both sides alike. The dense net runs in both memory formats: ``speed_up``
-is against the dense net in the same format (channels last, the format that compact convolutions want), ``over_plain``
-against it in PyTorch's default format, in which every other method here trains. Inference: normalisations are folded
-into convolutions on both sides. *Planned*: layers in which gating was measured not to pay are left dense.
+All variants of a comparison take turns in one process, so that a busy machine disturbs them alike, and the fastest half
+of each one's CPU times counts. The dense net runs in both memory formats: ``speed_up`` is against the dense net in the
+same format (channels last, the format that compact convolutions want, and in which colour images come to every client),
+``over_plain`` against it in PyTorch's default format. Inference: normalisations are folded into convolutions on both
+sides. *Planned*: layers in which gating was measured not to pay are left dense.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.common import finish, options, print_table
+from bench.turns import Step, take_turns, typical_s
 from pruning.gates import executed_ratios, fold_norms, for_inference, gates_of, measure_plan
 from pruning.ops import trace_ops
 from zoo import get_model
@@ -43,11 +42,9 @@ TARGETS = {
 FLOOR = 0.95
 """A planned net is never slower than this share of the dense one."""
 
-Run = Callable[[], object]
-
 
 def main() -> dict[str, Any]:
-    """Run the benchmark."""
+    """Step the benchmark."""
     parser = options("gates", __doc__)
     parser.add_argument("--nets", nargs="+", help=f"of {', '.join(NETS)}")
     parser.add_argument("--density", type=float, default=0.5)
@@ -98,20 +95,21 @@ def compare(
         for label, (model, images) in variants.items():
             share = label.partition(", ")[2]
             variants[label] = (ready(model, label, share, size), images)
-    times = take_turns({label: make(model, images, y) for label, (model, images) in variants.items()}, arguments.turns)
+    runs = {label: make(model, images, y) for label, (model, images) in variants.items()}
+    seconds = {label: typical_s(times) for label, times in take_turns(runs, arguments.turns).items()}
     return [
         {
             "net": name,
             "task": what,
             "batch": batch,
             "variant": label,
-            "ms": 1e3 * min(spent),
-            "speed_up": ratio(times["dense"], spent),
-            "over_plain": ratio(times["dense, plain"], spent),
+            "ms": 1e3 * spent_s,
+            "speed_up": seconds["dense"] / spent_s,
+            "over_plain": seconds["dense, plain"] / spent_s,
             "macs_ratio": macs.get(label, 1.0),
             "gated_layers": layers.get(label, 0),
         }
-        for label, spent in times.items()
+        for label, spent_s in seconds.items()
     ]
 
 
@@ -164,7 +162,7 @@ def macs_share(model: nn.Module, images: Tensor) -> float:
     return sum(product.macs * ratios.get(product.key or "", 1.0) for product in products) / whole
 
 
-def step_of(model: nn.Module, x: Tensor, y: Tensor) -> Run:
+def step_of(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     """One training step."""
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
@@ -177,7 +175,7 @@ def step_of(model: nn.Module, x: Tensor, y: Tensor) -> Run:
     return run
 
 
-def pass_of(model: nn.Module, x: Tensor, y: Tensor) -> Run:
+def pass_of(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     """One pass of inference; small batches several times, so that the clock can see them."""
     repeats = max(1, 16 // len(x))
 
@@ -188,23 +186,6 @@ def pass_of(model: nn.Module, x: Tensor, y: Tensor) -> Run:
 
     model.eval()
     return run
-
-
-def take_turns(runs: Mapping[str, Run], turns: int) -> dict[str, list[float]]:
-    """CPU seconds of every run, in turns; the first turn warms up."""
-    times: dict[str, list[float]] = {label: [] for label in runs}
-    for turn in range(turns + 1):
-        for label, run in runs.items():
-            began = time.process_time()
-            run()
-            if turn:
-                times[label].append(time.process_time() - began)
-    return times
-
-
-def ratio(reference: Sequence[float], spent: Sequence[float]) -> float:
-    """How many times faster than the reference, the median over turns."""
-    return statistics.median(theirs / mine for theirs, mine in zip(reference, spent, strict=True))
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

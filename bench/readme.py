@@ -202,6 +202,8 @@ def section(name: str) -> str:
     record = load(name)
     assert record is not None
     parts = [f"## {name}", source(record)]
+    if (picture := RESULTS / f"{name}.svg").exists():
+        parts.append(f"![{name}](../{picture.relative_to(ROOT).as_posix()})")
     for what, value in record["results"].items():
         if what == "tables":
             for table in value:

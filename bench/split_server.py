@@ -10,14 +10,15 @@ turns, and the fastest half of each counts, so that other work on the machine to
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from bench.common import finish, in_fresh_process, options, peak_bytes, print_table, settle
+from bench.turns import Step, take_turns, typical_s
 from strategies.split.masks import MaskConfig
 from strategies.split.replay import Replay, Work, held_bytes
 from strategies.split.server import SplitServer
@@ -66,18 +67,16 @@ def batch(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Ten
 
 def throughput(width: float, num_steps: int, seed: int) -> list[dict[str, Any]]:
     """Samples a CPU second of every kind of mask, and its ratio to no mask."""
-    servers = {name: make(kind, width, seed) for name, kind in MASKS.items()}
-    times: dict[str, list[float]] = {name: [] for name in MASKS}
     generator = torch.Generator().manual_seed(seed)
-    for number in range(num_steps + 2):
-        for name, (server, shape) in servers.items():
-            a, y = batch(shape, generator)
-            spent = cpu_s_of(lambda server=server, a=a, y=y: server.step(0, a, y, 1e-4))  # type: ignore[misc]
-            if number >= 2:
-                times[name].append(spent)
-            elif number == 0 and name == HALF:  # masks begin with everything on
-                switch_off_half(server, generator)
-    typical = {name: statistics.fmean(sorted(values)[: max(1, len(values) // 2)]) for name, values in times.items()}
+    steps: dict[str, Step] = {}
+    for name, kind in MASKS.items():
+        server, shape = make(kind, width, seed)
+        a, y = batch(shape, generator)
+        server.step(0, a, y, 1e-4)
+        if name == HALF:  # masks begin with everything on
+            switch_off_half(server, generator)
+        steps[name] = partial(server.step, 0, a, y, 1e-4)
+    typical = {name: typical_s(times) for name, times in take_turns(steps, num_steps).items()}
     return [
         {
             "mask": name,

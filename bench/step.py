@@ -1,23 +1,22 @@
 """What a training step of a resized model costs: as much as one of a net that was written with those widths.
 
 ResNet-18 and VGG-16 are compared with nets written by hand (``bench/handmade.py``), every other zoo model with the same
-model built with its ``width`` option. Both take turns within one process, so that a busy machine is busy for both;
-the ratio is the median over all turns. Batch 32, one thread, SGD with momentum.
+model built with its ``width`` option. Both take turns within one process, so that a busy machine is busy for both; the
+fastest half of each one's steps counts. Batch 32, one thread, SGD with momentum.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.common import finish, options, print_table, settle
+from bench.common import finish, options, print_table
 from bench.handmade import narrow_vgg16, resnet18, train_step
+from bench.turns import Step, take_turns, typical_s
 from pruning.cost import measure_costs
 from pruning.extract import resize
 from pruning.select import equal_widths, select_prefix
@@ -29,29 +28,10 @@ HANDMADE: dict[str, Callable[[float], nn.Module]] = {"resnet18": resnet18, "vgg1
 RATIO_BOUND = 1.05
 
 
-def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
-    """One training step that returns its CPU seconds."""
+def stepper(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    """One training step on one batch, again and again."""
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9)
-
-    def step() -> float:
-        began = time.process_time()
-        train_step(model, optimizer, x, y)
-        return time.process_time() - began
-
-    step()  # allocates gradients and momentum
-    return step
-
-
-def take_turns(steps: list[Callable[[], float]], budget_s: float, least: int) -> list[list[float]]:
-    """Times of each stepper, in turn, until the budget is spent; at least ``least`` each."""
-    settle()
-    times: list[list[float]] = [[] for _ in steps]
-    began = time.perf_counter()
-    while len(times[0]) < least or time.perf_counter() - began < budget_s:
-        order = range(len(steps)) if len(times[0]) % 2 else reversed(range(len(steps)))
-        for index in order:
-            times[index].append(steps[index]())
-    return times
+    return lambda: train_step(model, optimizer, x, y)
 
 
 def measure(name: str, widths: tuple[float, ...], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -60,8 +40,8 @@ def measure(name: str, widths: tuple[float, ...], arguments: argparse.Namespace)
     model, layout = get_model(name, image_size=size)
     generator = torch.Generator().manual_seed(arguments.seed)
     x, y = torch.randn(BATCH, 3, size, size, generator=generator), torch.arange(BATCH) % 10
-    budget = (arguments.budget_s, arguments.least)
-    (full,) = take_turns([stepper(model, x, y)], *budget)
+    budget = (arguments.least, arguments.budget_s)
+    full = take_turns({"full": stepper(model, x, y)}, *budget)["full"]
     by_hand = name in HANDMADE and size == 32
     rows: list[dict[str, Any]] = []
     for width in widths:
@@ -71,18 +51,19 @@ def measure(name: str, widths: tuple[float, ...], arguments: argparse.Namespace)
             rival = HANDMADE[name](width)
         num_parameters = [sum(p.numel() for p in net.parameters()) for net in (small, rival)]
         assert num_parameters[0] == num_parameters[1]
-        ours, theirs = take_turns([stepper(small, x, y), stepper(rival, x, y)], *budget)
+        times = take_turns({"ours": stepper(small, x, y), "theirs": stepper(rival, x, y)}, *budget)
+        ours, theirs = typical_s(times["ours"]), typical_s(times["theirs"])
         rows.append(
             {
                 "model": name,
                 "width": width,
                 "against": "by hand" if by_hand else "width option",
                 "parameters": num_parameters[0],
-                "resized_ms": 1e3 * statistics.median(ours),
-                "rival_ms": 1e3 * statistics.median(theirs),
-                "ratio": statistics.median(mine / its for mine, its in zip(ours, theirs, strict=True)),
-                "speed_up": statistics.median(full) / statistics.median(ours),
-                "steps": len(ours),
+                "resized_ms": 1e3 * ours,
+                "rival_ms": 1e3 * theirs,
+                "ratio": ours / theirs,
+                "speed_up": typical_s(full) / ours,
+                "steps": len(times["ours"]),
             }
         )
     return rows
@@ -97,15 +78,16 @@ def rounding(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for width in (0.65, 0.42, 0.3):
         specs = [select_prefix(layout, equal_widths(layout, cost, width, round_to=r)) for r in (1, 8)]
-        steps = [stepper(resize(model, layout, spec), x, y) for spec in specs]
-        plain, rounded = map(statistics.median, take_turns(steps, arguments.budget_s, arguments.least))
+        plain, rounded = (stepper(resize(model, layout, spec), x, y) for spec in specs)
+        times = take_turns({"plain": plain, "rounded": rounded}, arguments.least, arguments.budget_s)
+        plain_s, rounded_s = typical_s(times["plain"]), typical_s(times["rounded"])
         macs = [cost.of(spec).train_macs for spec in specs]
         rows.append(
             {
                 "width": width,
-                "plain_ms": 1e3 * plain,
-                "rounded_ms": 1e3 * rounded,
-                "time_ratio": rounded / plain,
+                "plain_ms": 1e3 * plain_s,
+                "rounded_ms": 1e3 * rounded_s,
+                "time_ratio": rounded_s / plain_s,
                 "macs_ratio": macs[1] / macs[0],
             }
         )
@@ -119,7 +101,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--budget-s", type=float, default=6.0, help="seconds per comparison (default 6)")
     arguments = parser.parse_args()
     names, widths = arguments.models or list(model_names()), WIDTHS
-    arguments.image_size, arguments.least = 32, 4
+    arguments.image_size, arguments.least = 32, 6
     if arguments.quick:
         names, widths = arguments.models or ["cnn", "resnet8"], (0.5,)
         arguments.image_size, arguments.least, arguments.budget_s = 16, 3, 0.2
