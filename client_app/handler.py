@@ -131,7 +131,7 @@ def _train(
         before = memory.get("compression", {})
         sent, remembered["compression"] = compress(sent, before, job, held, task.layout, task.full)
     if remembered:
-        store.save(instruction.dispatch, instruction.last_dispatch, remembered, instruction.kept_dispatch)
+        store.save(instruction.dispatch, instruction.last_dispatch, remembered, instruction.kept_dispatches)
     return Report(
         dispatch=instruction.dispatch,
         partition_id=instruction.partition_id,

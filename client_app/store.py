@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,18 @@ class ClientStore:
             return {}
         return self._read(path)
 
-    def save(self, dispatch: int, last_dispatch: int, memory: dict[str, Any], kept_dispatch: int | None = None) -> None:
+    def save(self, dispatch: int, last_dispatch: int, memory: dict[str, Any], kept: Collection[int] = ()) -> None:
         """Remember ``memory`` with this answer; drop what nobody can go back to any more.
 
-        Kept are the last merged answer, and the one of the last checkpoint where rounds have several requests.
+        Parameters
+        ----------
+        dispatch, last_dispatch : this request, and the last one whose answer was merged.
+        kept : earlier ones that are not dropped: those of the run's checkpoints.
         """
         path = self._path(dispatch)
         if path is None:
             return
         save(memory, path)
-        kept = {last_dispatch if kept_dispatch is None else kept_dispatch, last_dispatch}
         for old in path.parent.glob(f"{self.partition_id:06d}-*.pt"):
             number = old.stem.split("-")[1]
             if number.isdigit() and int(number) < last_dispatch and int(number) not in kept:

@@ -18,6 +18,7 @@ import torch
 from pruning.merge import AggregateResult, MaskedMean
 from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
+from strategies.idle import idle_settings
 from strategies.setting import Order
 from strategies.split.conversation import Conversation
 from strategies.split.halves import (
@@ -147,6 +148,25 @@ class AdaSplit(SubModelStrategy):
         c = self.config
         self.server = SplitServer(self.halves.cut, self.progress.state, c.mask, self.setting.job.train)
         self.replay = Replay(self.server, self.seed, c.server_gradient)
+        if not self.progress.server_round:
+            self._warn_of_idle()
+
+    def _warn_of_idle(self) -> None:
+        """Say so where settings were changed that do nothing beside others."""
+        c = self.config
+        of_soft, of_hard = ("mask.penalty", "mask.learning-rate"), ("mask.hard-penalty", "mask.hard-learning-rate")
+        rules = (
+            (c.exchange != "segment", f"adasplit.exchange={c.exchange}", ("segments",)),
+            (c.exchange == "exact", "adasplit.exchange=exact", ("pipeline",)),
+            (c.selection != "ucb", f"adasplit.selection={c.selection}", ("gamma",)),
+            (c.selection == "all", "adasplit.selection=all", ("eta",)),
+            (not c.train_client, "adasplit.train-client=false", ("temperature", "beta")),
+            (c.mask.kind == "none", "adasplit.mask.kind=none", ("mask.start", "mask.threshold", *of_soft, *of_hard)),
+            (c.mask.kind == "soft", "adasplit.mask.kind=soft", ("mask.threshold", *of_hard)),
+            (c.mask.kind == "hard", "adasplit.mask.kind=hard", of_soft),
+        )
+        for sentence in idle_settings(c, rules, self.name):
+            self.warn(0, sentence)
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Nobody until the last local round, whose one request covers all of them; then the first stretch."""

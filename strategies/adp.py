@@ -40,6 +40,7 @@ from strategies.base import SubModelStrategy
 from strategies.bases import BASES, Base
 from strategies.exchange import Arrival, Entry
 from strategies.gate_rows import GateRows, check_evidence, plan_row, slower_gated
+from strategies.idle import changed
 from strategies.setting import Order
 from wire.flat import ConfigError, Scalar, refuse, require, require_choice
 from wire.grid import spec_from_json, spec_to_json
@@ -108,16 +109,6 @@ class ADPConfig:
             return 1.0
         return self.density if into >= self.ramp_rounds else 1 - (1 - self.density) * into / self.ramp_rounds
 
-    def changed(self, *names: str) -> list[str]:
-        """Those of the settings that differ from their defaults, as a user writes them, ``adp.share=batch``."""
-        values = {name: getattr(self, name) for name in names}
-        default = ADPConfig()
-        return [
-            f"adp.{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
-            for name, value in values.items()
-            if value != getattr(default, name)
-        ]
-
 
 class ADP(SubModelStrategy):
     """Dynamic pruning on top of a base algorithm."""
@@ -170,21 +161,21 @@ class ADP(SubModelStrategy):
     def _check_idle(self) -> None:
         """Refuse settings that were changed and would do nothing beside others."""
         c = self.config
-        of_uploads = ("upload", "upload_density")
-        of_winners = ("optimizer_mask", "compact", *of_uploads)
-        of_gates = ("share", "num_groups", "sparsity", *of_winners, "gates", "plan")
+        of_uploads = ("upload", "upload-density")
+        of_winners = ("optimizer-mask", "compact", *of_uploads)
+        of_gates = ("share", "num-groups", "sparsity", *of_winners, "gates", "plan")
         for is_idle, names, beside, instead in (
             (c.mode != "gate", of_gates, f"mode={c.mode}", "mode=gate"),
             (c.mode == "magnitude", ("density",), "mode=magnitude", "mode=gate or static"),
             (c.mode != "magnitude", ("threshold",), f"mode={c.mode}", "mode=magnitude"),
-            (c.share != "group", ("num_groups",), f"share={c.share}", "share=group"),
+            (c.share != "group", ("num-groups",), f"share={c.share}", "share=group"),
             (c.share == "client", of_winners, "share=client", "share=group, batch or sample"),
-            (c.upload == "all", ("upload_density",), "upload=all", "upload=salient"),
+            (c.upload == "all", ("upload-density",), "upload=all", "upload=salient"),
             (c.base != "fedprox", ("mu",), f"base={c.base}", "base=fedprox"),
         ):
-            changed = c.changed(*names) if is_idle else []
-            keys = f"{', '.join(changed)} with adp.{beside}"
-            refuse(bool(changed), keys, f"has no effect; leave it out, or use adp.{instead}")
+            found = changed(c, names, self.name) if is_idle else []
+            keys = f"{', '.join(found)} with adp.{beside}"
+            refuse(bool(found), keys, f"has no effect; leave it out, or use adp.{instead}")
 
     def begin(self) -> None:
         """The base algorithm starts from the initial model."""
@@ -196,11 +187,9 @@ class ADP(SubModelStrategy):
         """Say so where the schedule does not get to the density that is asked for."""
         c, num_rounds = self.config, self.setting.job.num_rounds
         if c.mode == "magnitude":
-            changed = c.changed("warmup_rounds", "ramp_rounds")
-            if changed:
-                self.warn(
-                    0, f"{', '.join(changed)}: has no effect with adp.mode=magnitude, which zeroes from round 1 on"
-                )
+            found = changed(c, ("warmup-rounds", "ramp-rounds"), self.name)
+            if found:
+                self.warn(0, f"{', '.join(found)}: has no effect with adp.mode=magnitude, which zeroes from round 1 on")
             return
         last = c.density_at(num_rounds)
         if last > c.density:

@@ -30,6 +30,7 @@ from strategies.delay import compensate_report, first_mean_square
 from strategies.exchange import Arrival, Entry, Exchange, Transport
 from strategies.extracts import Extracts
 from strategies.hooks import Hooks
+from strategies.kept import KeptDispatches
 from strategies.loop import has_own_loop, in_force
 from strategies.setting import Listener, Order, Progress, Setting
 from strategies.shelf import Shelf
@@ -72,7 +73,7 @@ class SubModelStrategy(Hooks, Strategy):
         self.seed = setting.job.seed
         self.progress = Progress({})
         self._num_merged = 0
-        self._kept_dispatch: dict[int, int] = {}
+        self._kept = KeptDispatches(setting.keep_checkpoints)
         self._extracts = Extracts(setting.layout)
         self._versions: VersionStore | None = None
 
@@ -147,6 +148,7 @@ class SubModelStrategy(Hooks, Strategy):
             Shelf(setting.versions_dir) if has_shelf else None,
         )
         exchange.hold(progress.held)
+        self._kept.note(progress.last_dispatch, progress.held)
         if self.needs_versions or self.loop.compensation:
             self._versions = VersionStore(setting.versions_dir, setting.keep_checkpoints)
             self._versions.expect({arrival.entry.global_version for arrival in progress.held})
@@ -156,6 +158,7 @@ class SubModelStrategy(Hooks, Strategy):
         """Write the checkpoint of a finished round."""
         self.progress.held = [] if self.loop.is_barrier or not exchange.is_virtual else exchange.held()
         self.keep(self.progress, self.export_state())
+        self._kept.note(self.progress.last_dispatch, self.progress.held)
         self.progress.held = []  # the exchange has them; nobody else is to hold on to what may be large
         if self._versions is not None:
             self._versions.release(exchange.versions())
@@ -166,7 +169,6 @@ class SubModelStrategy(Hooks, Strategy):
         start_s = exchange.now_s
         self._extracts.clear()
         self._num_merged = 0
-        self._kept_dispatch = dict(progress.last_dispatch)
         clients = choose(self.loop, exchange, progress.clocks, (self.seed, server_round), self.takes_part)
         orders = self.plan(server_round, clients)
         if clients and not orders and not exchange.busy():
@@ -217,11 +219,10 @@ class SubModelStrategy(Hooks, Strategy):
 
     def _dispatch(self, exchange: Exchange, server_round: int, partition_id: int, order: Order) -> int:
         blank = self._instruction("train", server_round, partition_id, order)
-        version, now_s = self.progress.global_version, exchange.now_s
-        entry = Entry(-1, partition_id, server_round, version, order.spec, now_s, 0, order.work_ratio)
-        state = self.progress.state  # of this version, however late the request is sent
+        version, state = self.progress.global_version, self.progress.state  # however late the request is sent
+        entry = Entry(-1, partition_id, server_round, version, order.spec, exchange.now_s, 0, order.work_ratio)
         if self._versions is not None:
-            self._versions.put(self.progress.global_version, state)
+            self._versions.put(version, state)
 
         def make(dispatch: int) -> Instruction:
             is_present = state is self.progress.state
@@ -229,7 +230,7 @@ class SubModelStrategy(Hooks, Strategy):
             return replace(
                 blank,
                 dispatch=dispatch,
-                kept_dispatch=self._kept_dispatch.get(partition_id, -1),
+                kept_dispatches=self._kept.of(partition_id),
                 state=order.pick(sub_model),
                 companions=order.companions(),
             )

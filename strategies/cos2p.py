@@ -36,10 +36,15 @@ from strategies.cos2p_rule import (
     solve_budgets,
 )
 from strategies.exchange import Arrival, Entry
+from strategies.idle import changed, idle_settings
 from strategies.setting import Order
 from wire.flat import Scalar, refuse, require, require_choice
 from wire.grid import spec_from_json, spec_to_json
 from wire.message import Report
+
+OF_MASKS = ("mask-receptions", "mask-epochs", "mask-learning-rate", "mask-penalty", "mask-select")
+OF_TEACHING = ("temperature", "kd-weight", "kd-start")
+"""Settings of the mask phase, and of exits that teach others."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +149,11 @@ class CoS2P(SubModelStrategy):
 
     def check(self) -> None:
         """Refuse a run in which nobody would ever train the end of the model, and settings that would do nothing."""
-        defaults, job = CoS2PConfig(), self.setting.job
-        if not job.model.exits:
-            of_exits = ("transfer", "temperature", "kd_weight", "kd_start", "exit_choice")
-            changed = [key for key in of_exits if getattr(self.config, key) != getattr(defaults, key)]
+        if not self.setting.job.model.exits:
+            found = changed(self.config, ("transfer", *OF_TEACHING, "exit-choice"), self.name)
             refuse(
-                bool(changed),
-                f"cos2p.{changed[0].replace('_', '-') if changed else ''} with model.exits=false",
+                bool(found),
+                f"{', '.join(found)} with model.exits=false",
                 "blocks teach each other through exit heads; set model.exits=true, or leave it out",
             )
         if self.config.client_weight != "samples" and not self.loop.preset:  # a preset's weights are a default
@@ -173,6 +176,23 @@ class CoS2P(SubModelStrategy):
             f"cos2p.budgets={self.config.budgets}",
             "no budget holds all blocks at a quarter of the width",
         )
+
+    def begin(self) -> None:
+        """Say so where settings were changed that do nothing beside others, and where nobody will ever teach."""
+        c, job = self.config, self.setting.job
+        rules = (
+            (c.masks != "learned", f"cos2p.masks={c.masks}", OF_MASKS),
+            (c.transfer == "none", "cos2p.transfer=none", OF_TEACHING),
+        )
+        for sentence in idle_settings(c, rules, self.name):
+            self.warn(0, sentence)
+        teaches = job.model.exits and c.transfer != "none" and c.kd_weight > 0
+        if teaches and c.kd_start > job.num_rounds:
+            self.warn(
+                0,
+                f"cos2p.transfer={c.transfer}: no exit ever teaches another: cos2p.kd-start={c.kd_start} is behind the "
+                f"last of num-rounds={job.num_rounds}; lower it, or set cos2p.transfer=none",
+            )
 
     def plan(self, server_round: int, clients: Sequence[int]) -> dict[int, Order]:
         """Everybody's own sub-model; one client in turn takes over what nobody holds, if so configured."""

@@ -75,6 +75,7 @@ def record_to_instruction(record: RecordDict) -> Instruction:
     tensors = _tensors(record, head.pop(INDEX))
     job = from_flat(Job, head.pop("job"))
     spec = spec_from_json(head.pop("spec")) or FULL
+    head["kept_dispatches"] = tuple(head["kept_dispatches"])
     return Instruction(**head, job=job, spec=spec, **tensors)
 
 

@@ -193,7 +193,7 @@ class Instruction:
     spec : what the client keeps; ``state`` is the extracted sub-model.
     objective : name of what the client minimises, with its ``settings``.
     last_dispatch : the client's last request whose reply was merged; its own state continues from there. -1 for none.
-    kept_dispatch : the same as of the last checkpoint, to which a run may have to go back. -1 for none.
+    kept_dispatches : those that it may have to continue from if the run goes back to a checkpoint that is kept.
     is_partial : ``state`` lacks entries of the sub-model on purpose: the client has them itself, or does without.
     wants_delta : answer with the difference to ``state`` instead of the trained values.
     companions : tensors that the objective needs beside the weights.
@@ -211,7 +211,7 @@ class Instruction:
     objective: str = "cross-entropy"
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     last_dispatch: int = -1
-    kept_dispatch: int = -1
+    kept_dispatches: tuple[int, ...] = ()
     is_partial: bool = False
     wants_delta: bool = False
     companions: State = field(default_factory=dict)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.cost import Cost, measure_costs
+from pruning.gates import Gates
 from pruning.groups import Layout
 from pruning.spec import FULL
 from zoo.chain import BlockChain
@@ -75,8 +76,11 @@ def stages_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises
     ------
     CutError
-        If the model is none of these, or has exit heads: split learning trains one output.
+        If the model is none of these, or has exit heads: split learning trains one output; or gates, which belong to
+        the whole model.
     """
+    if isinstance(dict(model.named_children()).get("gates"), Gates):
+        raise CutError("cut: a model with gates is one piece, split learning needs two; use gates=False")
     if isinstance(model, BlockChain):
         if model.exits:
             raise CutError("cut: a model with exits has several outputs, split learning trains one; use exits=False")

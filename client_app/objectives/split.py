@@ -100,8 +100,8 @@ class _Worker:
         self.task, self.has_own_loss, self.settings = task, has_own_loss, task.settings
         self.half = _half(task, task.examples)
         self.uploaded = _Uploaded()
-        self.losses: list[float] = []
-        self.macs, self.num_seen, self.num_left = 0.0, 0, 0
+        self.losses: list[float] = []  # of the client's own: what stands for the server's gradient is none
+        self.macs, self.num_seen, self.num_steps, self.num_left = 0.0, 0, 0, 0
 
     def train(self, examples: Examples) -> Fitted:
         half, s = self.half, self.settings
@@ -116,8 +116,8 @@ class _Worker:
         half.set_rate(float(s["learning-rate"]))
         if int(s["round"]) > half.rounds_done:
             self._global_round(int(s["round"]))
-        metrics = {"loss": sum(self.losses) / len(self.losses)} if self.losses and self.has_own_loss else {}
-        return Fitted(metrics, self._peak_bytes(), self.num_seen, len(self.losses))
+        metrics = {"loss": sum(self.losses) / len(self.losses)} if self.losses else {}
+        return Fitted(metrics, self._peak_bytes(), self.num_seen, self.num_steps)
 
     def _global_round(self, number: int) -> None:
         order = self.half.order(number)
@@ -154,8 +154,12 @@ class _Worker:
         if keep:
             self._keep(activations, y, step)
         loss = self._own_loss(activations, y)
+        if loss is not None:
+            self.losses.append(float(loss.detach()))
         if gradient is not None:
             pulled = (activations * gradient.to(activations.device)).sum()
+            if not bool(torch.isfinite(pulled)):
+                raise ObjectiveError("objective: the server's gradient is no number any more; lower the learning rate")
             loss = pulled if loss is None else loss + pulled
         self.num_seen += len(y)
         if loss is None:
@@ -168,7 +172,7 @@ class _Worker:
             parameters = [*half.part.parameters(), *half.head.parameters()]
             torch.nn.utils.clip_grad_norm_(parameters, self.task.train.max_grad_norm)
         half.optimizer.step()
-        self.losses.append(float(loss.detach()))
+        self.num_steps += 1
 
     def _own_loss(self, activations: Tensor, labels: Tensor) -> Tensor | None:
         """None where there is nothing to learn from: a batch without a positive pair is skipped."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 
 def num_local_rounds(kappa: float, num_rounds: int) -> int:
-    """floor(kappa R): rounds in which nothing crosses the network."""
-    return math.floor(kappa * num_rounds + 1e-9)
+    """floor(kappa R): rounds in which nothing crosses the network; never all of them, for kappa is below 1."""
+    return min(math.floor(kappa * num_rounds + 1e-9), num_rounds - 1)
 
 
 @dataclass(frozen=True)

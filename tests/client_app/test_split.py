@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from client_app.handler import handle
+from client_app.objectives.base import ObjectiveError
 from client_app.objectives.half import make_head
 from client_app.site import NOWHERE, Site, SiteError
 from client_app.store import ClientStore
@@ -186,6 +187,19 @@ def test_waiting_for_a_gradient_changes_nothing_and_the_gradient_then_moves_the_
     torch.testing.assert_close(after["blocks.0.linear.bias"], expected)
     assert up.train_macs == 0
     assert down.train_macs == 2 * 64 * 200 * 16
+
+
+def test_the_loss_reported_beside_a_servers_gradient_is_the_clients_own(ask):
+    """What stands for the gradient, sum(a * gradient), has any sign and is nobody's loss."""
+    alone = ask(stop=1)
+    pulled = ask(round=2, stop=0, owed=0, companions={"gradient": torch.full((16, 200), -10.0)})
+    assert 0 < pulled.metrics["loss"] < 10
+    assert (pulled.num_steps, alone.num_steps) == (1, 1)
+
+
+def test_a_servers_gradient_that_is_no_number_is_not_learned_from(ask):
+    with pytest.raises(ObjectiveError, match="the server's gradient is no number any more; lower the learning rate"):
+        ask("split", round=2, stop=0, owed=0, companions={"gradient": torch.full((16, 200), torch.inf)})
 
 
 @pytest.mark.parametrize(("shape", "parameters"), [((20, 4, 4), 20 * 128 + 128 + 128 * 64 + 64), ((9, 6), None)])

@@ -60,7 +60,7 @@ def test_a_round_of_several_requests_keeps_what_the_last_checkpoint_needs(tmp_pa
     store = ClientStore(str(tmp_path), 1)
     store.save(1, -1, {"value": 1})
     for dispatch in (5, 6, 7):  # 1 is in the checkpoint; 5 and 6 are merged in the same round
-        store.save(dispatch, dispatch - 1 if dispatch > 5 else 1, {"value": dispatch}, kept_dispatch=1)
+        store.save(dispatch, dispatch - 1 if dispatch > 5 else 1, {"value": dispatch}, kept=(1,))
     assert [store.load(n).get("value") for n in (1, 5, 6, 7)] == [1, None, 6, 7]
 
 

@@ -115,6 +115,29 @@ def test_a_run_can_go_on_from_any_checkpoint_that_was_kept(tmp_path):
     assert without_timings(resumed) == without_timings(read_rows(tmp_path / "first"))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "scaffold"},
+        {"strategy": "scaffold", "loop.quorum": 2, "loop.max-staleness": 3},
+        {"strategy": "fedavg", "compression.kind": "dgc"},
+    ],
+)
+def test_clients_go_back_with_the_run_to_any_checkpoint_that_was_kept(settings, tmp_path):
+    """They remember variates, or what compression held back, also of answers that the checkpoint holds unmerged."""
+    whole = tiny_run(tmp_path / "whole", num_rounds=5, **settings)
+    path = tmp_path / "whole" / "checkpoints" / "round-000002.pt"
+    resumed = tiny_run(tmp_path / "second", num_rounds=5, resume=str(path), **settings)
+    assert without_timings(resumed) == without_timings(whole)
+    assert equal_states(final_state(tmp_path / "second"), final_state(tmp_path / "whole"))
+
+
+def test_clients_drop_what_belongs_to_no_checkpoint_that_is_kept(tmp_path):
+    tiny_run(tmp_path / "run", strategy="scaffold", num_rounds=6, keep_checkpoints=2)
+    left = [path.stem for path in (tmp_path / "run" / "clients").glob("000001-*.pt")]
+    assert len(left) <= 3
+
+
 @pytest.mark.slow
 def test_compressed_clients_go_on_with_their_memories(tmp_path):
     settings = {"strategy": "fedavg", "compression.kind": "dgc", "evaluation.family-every": 3}

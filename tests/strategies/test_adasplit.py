@@ -413,6 +413,15 @@ def test_a_share_of_less_than_a_round_says_that_there_is_no_local_phase(kappa, w
     assert len(select(rows, "merge")) == 2
 
 
+def test_settings_that_do_nothing_beside_others_are_named_and_others_are_not(tmp_path):
+    idle = {"adasplit__exchange": "frozen", "adasplit__segments": 7, "adasplit__mask__hard_penalty": 1e-3}
+    rows = adasplit(tmp_path, **idle, adasplit__mask__penalty=1e-3, num_rounds=1, adasplit__kappa=0.0)
+    assert [row["message"] for row in select(rows, "warning")] == [
+        "adasplit.segments=7 with adasplit.exchange=frozen: has no effect",
+        "adasplit.mask.hard-penalty=0.001 with adasplit.mask.kind=soft: has no effect",
+    ]
+
+
 def test_a_resumed_run_may_not_move_the_end_of_the_local_phase(tmp_path):
     adasplit(tmp_path / "first", num_rounds=4)
     with pytest.raises(ConfigError, match="the local phase would have 6 rounds, it had 2"):

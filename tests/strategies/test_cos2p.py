@@ -251,14 +251,32 @@ def test_quorum_deadline_and_staleness_each_stand_unless_they_are_given(loop, ex
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cos2p.transfer": "mutual"}, r"cos2p\.transfer with model\.exits=false: .*set model\.exits=true"),
-        ({"cos2p.kd-weight": 0.9}, r"cos2p\.kd-weight with model\.exits=false"),
+        ({"cos2p.transfer": "mutual"}, r"cos2p\.transfer=mutual with model\.exits=false: .*set model\.exits=true"),
+        ({"cos2p.kd-weight": 0.9}, r"cos2p\.kd-weight=0\.9 with model\.exits=false"),
         ({"loop.client-weight": "equal"}, r"loop\.client-weight=equal with cos2p\.client-weight=co-s2p: .*=samples"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         tiny_run(tmp_path / "run", **{**MLP, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cos2p.masks": "first", "cos2p.mask-epochs": 9}, "cos2p.mask-epochs=9 with cos2p.masks=first: has no effect"),
+        (
+            {"model.exits": True, "cos2p.transfer": "none", "cos2p.kd-weight": 0.9, "cos2p.temperature": 1.0},
+            "cos2p.temperature=1.0, cos2p.kd-weight=0.9 with cos2p.transfer=none: has no effect",
+        ),
+        ({"model.exits": True, "cos2p.kd-start": 2}, "no exit ever teaches another: cos2p.kd-start=2 is behind"),
+    ],
+)
+def test_an_ablation_that_leaves_a_setting_idle_and_teaching_that_never_begins_are_said(settings, message, tmp_path):
+    rows = tiny_run(tmp_path / "run", **{**MLP, "cos2p.mask-epochs": 20, "num-rounds": 1, **settings})
+    said = [row["message"] for row in select(rows, "warning", server_round=0)]
+    assert len(said) == 1
+    assert message in said[0]
 
 
 def test_nobody_able_to_hold_the_full_depth_is_refused_with_the_remedy(tmp_path):

@@ -133,10 +133,13 @@ def test_a_cut_that_leaves_a_part_empty_or_does_not_exist_is_refused(name, layer
         cut_model(model, layer)
 
 
-def test_exits_and_unknown_modules_are_refused_with_the_remedy():
+def test_exits_gates_and_unknown_modules_are_refused_with_the_remedy():
     model, _ = get_model("resnet8", 10, 1, 8, width=0.25, exits=True)
     with pytest.raises(CutError, match="exits=False"):
         cut_model(model, "1")
+    gated, _ = get_model("cnn", 10, 1, 8, gates=True)
+    with pytest.raises(CutError, match="use gates=False"):
+        cut_model(gated, "1")
     with pytest.raises(CutError, match=r"a method stages\(\)"):
         cut_model(nn.Linear(3, 3), "1")
 

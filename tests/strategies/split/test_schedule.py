@@ -16,6 +16,11 @@ def test_the_local_phase_has_floor_kappa_r_rounds(kappa, rounds, expected):
     assert num_local_rounds(kappa, rounds) == expected
 
 
+@pytest.mark.parametrize("rounds", [1, 3, 100])
+def test_a_kappa_below_1_leaves_the_server_a_round_however_close_it_is(rounds):
+    assert num_local_rounds(1 - 1e-12, rounds) == rounds - 1
+
+
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 20))
 def test_stretches_cover_every_step_once_and_no_upload_is_too_long(num_steps, num_segments, max_steps):
     start, decisions, found = 0, 0, []
