@@ -17,7 +17,7 @@ from fleet.data_sources import Arrays, DataError
 CHANNEL_COUNTS = (1, 3, 4)
 _CHUNK = 4096
 
-__all__ = ["DataError", "ImageData", "load_data", "normalized"]
+__all__ = ["DataError", "ImageData", "check_data", "load_data", "normalized"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,20 +106,44 @@ def load_data(name: str, data_dir: str | Path | None = None, download: bool = Fa
     return _load(name, None if data_dir in (None, "") else str(data_dir), bool(download))
 
 
-@lru_cache(maxsize=4)
-def _load(name: str, data_dir: str | None, download: bool) -> ImageData:
-    folder = None if data_dir is None else Path(data_dir).expanduser()
+def check_data(name: str, data_dir: str | Path | None = None, download: bool = False) -> None:
+    """Refuse what :func:`load_data` would, as far as that shows without reading data or running code of others.
+
+    Raises
+    ------
+    DataError : unknown name, or files that are not there.
+    """
+    folder = None if data_dir in (None, "") else Path(str(data_dir)).expanduser()
+    kind, rest, _ = _read_name(name)
+    if kind == "npz":
+        data_sources.check_file(_inside(folder, rest))
+    elif kind == "folder":
+        data_sources.check_folder(_inside(folder, rest))
+    elif not kind:
+        data_sources.check_files(rest, folder, download)
+
+
+def _read_name(name: str) -> tuple[str, str, int | None]:
+    """A data set's name taken apart: what stands before and after the colon, and the size to resize to."""
     before, _, after = name.rpartition("@")
     source, size = (before, int(after)) if after.isdecimal() else (name, None)
     if size == 0:
         raise DataError(f"data {name!r}: images of 0 pixels; write for example 'cifar10@16'")
     kind, colon, rest = source.partition(":")
-    if colon and not rest:
-        raise DataError(f"data {name!r}: nothing follows the colon; write for example 'npz:faces.npz'")
+    if colon and not (kind and rest):
+        what = "follows" if kind else "stands before"
+        raise DataError(f"data {name!r}: nothing {what} the colon; write for example 'npz:faces.npz'")
+    return (kind, rest, size) if colon else ("", source, size)
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, data_dir: str | None, download: bool) -> ImageData:
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    kind, rest, size = _read_name(name)
     if kind == "folder":  # its images may differ in size until they are resized
         return _image_data(name, data_sources.image_folder(_inside(folder, rest), size))
-    if not colon:
-        data = _image_data(name, data_sources.named(source, folder, download))
+    if not kind:
+        data = _image_data(name, data_sources.named(rest, folder, download))
     elif kind == "npz":
         data = _image_data(name, data_sources.npz(_inside(folder, rest)))
     elif kind == "hub":
@@ -160,7 +184,10 @@ def _from_function(name: str, module_name: str, function_name: str) -> ImageData
             f"data {name!r}: {error}. Expected 'package.module:function', npz:PATH, folder:PATH, hub:NAME or one of "
             f"{', '.join(data_sources.NAMES)}"
         ) from error
-    made = function()
+    try:
+        made = function()
+    except Exception as error:  # whatever code of others raises: what it was asked for is not in its message
+        raise DataError(f"data {name!r}: the function raised {type(error).__name__}: {error}") from error
     if isinstance(made, ImageData):
         checked = _image_data(name, (made.x_train, made.y_train, made.x_test, made.y_test))
         if made.num_classes < checked.num_classes or not len(made.mean) == len(made.std) == checked.in_channels:

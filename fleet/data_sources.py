@@ -17,16 +17,19 @@ from fleet.partition import split_local
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
 TORCHVISION_CLASSES = {
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "mnist": "MNIST",
-    "fashion-mnist": "FashionMNIST",
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", "cifar-100-python"),
+    "mnist": ("MNIST", "MNIST"),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST"),
 }
-"""Data set name -> class in torchvision.datasets."""
+"""Data set name -> class in torchvision.datasets, and the folder that its files lie in."""
 
 NAMES = ("digits", *TORCHVISION_CLASSES)
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+PARTS = ("train", "test", "val", "valid", "validation", "dev")
+"""Folders that hold classes' folders of their own are parts of the data; as classes they would teach nothing."""
+
 TEST_RATIO = 0.2
 """Share of the fixed test part where a source brings none."""
 
@@ -35,23 +38,49 @@ class DataError(FleetError):
     """A data set cannot be found, read, or used."""
 
 
-def named(name: str, data_dir: Path | None, download: bool) -> Arrays:
-    """Read a data set of ``NAMES``."""
-    if name == "digits":
-        return _digits()
-    if name not in TORCHVISION_CLASSES:
+def check_named(name: str, data_dir: Path | None) -> None:
+    """Refuse a name that is not of ``NAMES``, and one of files without a folder that they could be in."""
+    if name not in NAMES:
         raise DataError(
             f"{unknown_name('data', name, NAMES)}, npz:PATH, folder:PATH, hub:NAME or package.module:function"
         )
-    if data_dir is None:
+    if name != "digits" and data_dir is None:
         raise DataError(
-            f"data {name!r}: is read from files; set data-dir to the (absolute) folder that has them, or that they may "
-            "be downloaded to with download = true"
+            f"data {name!r}: is read from files; set data.dir to the (absolute) folder that has them, or that they may "
+            "be downloaded to with data.download=true"
         )
-    for stem in (name, name.replace("-", "_")):
-        if (data_dir / f"{stem}.npz").is_file():
-            return npz(data_dir / f"{stem}.npz")
-    return _torchvision(name, data_dir, download)
+
+
+def check_files(name: str, data_dir: Path | None, download: bool) -> None:
+    """Refuse what ``check_named`` refuses, and a name whose files are nowhere and are not to be fetched."""
+    check_named(name, data_dir)
+    if name == "digits" or data_dir is None or download or _own_file(name, data_dir) is not None:
+        return
+    files = TORCHVISION_CLASSES[name][1]
+    if not (data_dir / files).is_dir():
+        raise _no_files(name, data_dir, f"there is no folder {files}")
+
+
+def named(name: str, data_dir: Path | None, download: bool) -> Arrays:
+    """Read a data set of ``NAMES``."""
+    check_named(name, data_dir)
+    if name == "digits" or data_dir is None:
+        return _digits()
+    own = _own_file(name, data_dir)
+    return _torchvision(name, data_dir, download) if own is None else npz(own)
+
+
+def _own_file(name: str, data_dir: Path) -> Path | None:
+    """The ``.npz`` file in ``data_dir`` that holds the data set."""
+    files = (data_dir / f"{stem}.npz" for stem in (name, name.replace("-", "_")))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _no_files(name: str, data_dir: Path, why: object) -> DataError:
+    return DataError(
+        f"data {name!r}: neither {data_dir / name}.npz nor torchvision's files are in {data_dir} ({why}). "
+        "Put them there, correct data.dir, or set data.download=true"
+    )
 
 
 def _digits() -> Arrays:
@@ -81,16 +110,13 @@ def _torchvision(name: str, data_dir: Path, download: bool) -> Arrays:
         from torchvision import datasets
     except TorchvisionError as error:
         raise DataError(f"data {name!r}: {error}") from error
-    kind = getattr(datasets, TORCHVISION_CLASSES[name])
+    kind = getattr(datasets, TORCHVISION_CLASSES[name][0])
     parts: list[NDArray[Any]] = []
     for is_train in (True, False):
         try:
             part = kind(str(data_dir), train=is_train, download=download)
         except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"data {name!r}: neither {data_dir / name}.npz nor torchvision's files are in {data_dir} ({error}). "
-                "Put them there, correct data-dir, or set download = true"
-            ) from error
+            raise _no_files(name, data_dir, error) from error
         parts += [np.asarray(part.data), np.asarray(part.targets)]
     return parts[0], parts[1], parts[2], parts[3]
 
@@ -113,7 +139,7 @@ def npz(path: Path) -> Arrays:
                 )
             arrays = [_member(path, archive, members[key]) for key in NPZ_KEYS]
     except FileNotFoundError as error:
-        raise DataError(f"data file {path}: does not exist; give an absolute path, or one inside data-dir") from error
+        raise _not_there("file", path) from error
     except DataError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -154,8 +180,7 @@ def image_folder(path: Path, size: int | None) -> Arrays:
     ------
     DataError : no such folder, no images, unequal sizes, or a file that is no image.
     """
-    if not path.is_dir():
-        raise DataError(f"data folder {path}: does not exist; give an absolute path, or one inside data-dir")
+    check_folder(path)
     if (path / "train").is_dir() and (path / "test").is_dir():
         classes = _class_names(path / "train")
         unseen = sorted(set(_class_names(path / "test")) - set(classes))
@@ -167,6 +192,31 @@ def image_folder(path: Path, size: int | None) -> Arrays:
         return images[: len(y_train)], y_train, images[len(y_train) :], y_test
     image_files, labels = _class_files(path, _class_names(path))
     return _split(_decode(image_files, size), labels)
+
+
+def check_file(path: Path) -> None:
+    """Refuse a data file that does not exist."""
+    if not path.is_file():
+        raise _not_there("file", path)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse an image folder that does not exist, or whose sub-folders are parts of the data and no classes."""
+    if not path.is_dir():
+        raise _not_there("folder", path)
+    parts = [name for name in PARTS if (path / name).is_dir() and _class_names(path / name)]
+    if parts and not {"train", "test"} <= set(parts):
+        raise DataError(
+            f"data folder {path}: {', '.join(parts)} would be taken for classes; call the parts train and test, or "
+            "put the classes' folders of one part directly into the folder that you name (it is split 80 / 20)"
+        )
+
+
+def _not_there(kind: str, path: Path) -> DataError:
+    return DataError(
+        f"data {kind} {path}: does not exist; relative paths are read where ./run.sh is called, and with flwr run "
+        "inside data.dir"
+    )
 
 
 def _class_names(path: Path) -> list[str]:

@@ -114,8 +114,10 @@ def _devices(where: str, table: Any) -> list[DeviceProfile]:
     if name is None:
         device = _build(where, DeviceProfile, {"source": "fleet file", **table}, ("profile", "count", "slowdown"))
         return [device.slowed(slowdown)] * count
+    if not isinstance(name, str):
+        raise FleetError(f"{where}: profile must be a text, got {name!r}")
     if name not in PROFILES:
-        raise FleetError(f"{where}: {unknown_name('device profile', str(name), PROFILES)}")
+        raise FleetError(f"{where}: {unknown_name('device profile', name, PROFILES)}")
     base = PROFILES[name].slowed(slowdown)
     given = {key.replace("_", "-"): getattr(base, key) for key in _field_names(DeviceProfile)}
     if table:

@@ -72,26 +72,38 @@ def partition_labels(
     if len(classes) < num_clients * max(min_size, 1):
         raise PartitionError(
             f"partition: {num_clients} clients with at least {max(min_size, 1)} samples each need "
-            f"{num_clients * max(min_size, 1)} samples, got {len(classes)}; use fewer clients or a smaller min-size"
+            f"{num_clients * max(min_size, 1)} samples, got {len(classes)}; use fewer clients or a smaller "
+            "data.min-size"
         )
-    head, _, parameter = scheme.partition(":")
-    if head not in _SCHEMES:
-        raise PartitionError(unknown_name("partition", head, _SCHEMES))
+    head, parameter = read_scheme(scheme)
     rng = np.random.default_rng(seed)
-    try:
-        parts = _SCHEMES[head](classes, num_clients, parameter, rng)
-    except PartitionError:
-        raise
-    except FleetError as error:
-        raise PartitionError(str(error)) from None
+    parts = _SCHEMES[head][1](classes, num_clients, parameter, rng)
     if head not in ("pathological", "label-blocks"):
         _fill_up(parts, min_size, rng)
     elif (smallest := min(len(part) for part in parts)) < min_size:
         raise PartitionError(
             f"partition {scheme!r}: a client has {smallest} samples, min-size is {min_size}, and moving samples would "
-            "give it other labels; use fewer clients, more classes a client, or a smaller min-size"
+            "give it other labels; use fewer clients, more classes a client, or a smaller data.min-size"
         )
     return tuple(np.sort(part) for part in parts)
+
+
+def read_scheme(scheme: str) -> tuple[str, float]:
+    """Read the name of a partition scheme: its head and its parameter (0 where it takes none).
+
+    Raises
+    ------
+    PartitionError : unknown scheme or bad parameter.
+    """
+    head, _, parameter = scheme.partition(":")
+    if head not in _SCHEMES:
+        raise PartitionError(unknown_name("partition", head, _SCHEMES))
+    try:
+        return head, _SCHEMES[head][0](scheme, parameter)
+    except PartitionError:
+        raise
+    except FleetError as error:
+        raise PartitionError(str(error)) from None
 
 
 def split_local(
@@ -179,14 +191,11 @@ def _cut(order: IndexArray, shares: NDArray[np.float64]) -> list[IndexArray]:
     return np.split(order, ends[:-1])
 
 
-def _iid(classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator) -> list[IndexArray]:
-    if parameter:
-        raise PartitionError(f"partition 'iid:{parameter}': iid takes no parameter; write 'iid'")
+def _iid(classes: IndexArray, num_clients: int, _: float, rng: np.random.Generator) -> list[IndexArray]:
     return np.array_split(rng.permutation(len(classes)), num_clients)
 
 
-def _dirichlet(classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator) -> list[IndexArray]:
-    alpha = parse_number(f"partition 'dirichlet:{parameter}'", parameter, 0, exclusive=True)
+def _dirichlet(classes: IndexArray, num_clients: int, alpha: float, rng: np.random.Generator) -> list[IndexArray]:
     pieces: list[list[IndexArray]] = [[] for _ in range(num_clients)]
     for label in np.unique(classes):
         members = rng.permutation(np.flatnonzero(classes == label))
@@ -196,18 +205,16 @@ def _dirichlet(classes: IndexArray, num_clients: int, parameter: str, rng: np.ra
 
 
 def _merged_dirichlet(
-    classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator
+    classes: IndexArray, num_clients: int, alpha: float, rng: np.random.Generator
 ) -> list[IndexArray]:
-    parse_number(f"partition 'merged-dirichlet:{parameter}'", parameter, 0, exclusive=True)
-    pseudo = _dirichlet(classes, num_clients * PSEUDO_CLIENTS, parameter, rng)
+    pseudo = _dirichlet(classes, num_clients * PSEUDO_CLIENTS, alpha, rng)
     dealt = rng.permutation(len(pseudo)).reshape(num_clients, PSEUDO_CLIENTS)
     return [np.concatenate([pseudo[index] for index in mine]) for mine in dealt]
 
 
 def _balanced_dirichlet(
-    classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator
+    classes: IndexArray, num_clients: int, alpha: float, rng: np.random.Generator
 ) -> list[IndexArray]:
-    alpha = parse_number(f"partition 'balanced-dirichlet:{parameter}'", parameter, 0, exclusive=True)
     present, counts = np.unique(classes, return_counts=True)
     left = [list(rng.permutation(np.flatnonzero(classes == label))) for label in present]
     alphas = alpha * len(present) * counts / len(classes)
@@ -228,18 +235,20 @@ def _balanced_dirichlet(
     return parts
 
 
-def _pathological(classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator) -> list[IndexArray]:
-    per_client = parse_count(f"partition 'pathological:{parameter}'", parameter, 1)
+def _pathological(
+    classes: IndexArray, num_clients: int, parameter: float, rng: np.random.Generator
+) -> list[IndexArray]:
+    per_client = int(parameter)
     present, counts = np.unique(classes, return_counts=True)
     num_shards = num_clients * per_client
     if num_shards < len(present):
         raise PartitionError(
-            f"partition 'pathological:{parameter}': {num_clients} clients with {per_client} labels each cannot hold "
+            f"partition 'pathological:{per_client}': {num_clients} clients with {per_client} labels each cannot hold "
             f"{len(present)} labels; use at least {ceil(len(present) / num_clients)} labels a client, or more clients"
         )
     if num_shards > len(classes):
         raise PartitionError(
-            f"partition 'pathological:{parameter}': {num_shards} shards need as many samples, got {len(classes)}; "
+            f"partition 'pathological:{per_client}': {num_shards} shards need as many samples, got {len(classes)}; "
             "use fewer clients or fewer labels a client"
         )
     slots = np.full(num_clients, per_client)
@@ -257,13 +266,15 @@ def _pathological(classes: IndexArray, num_clients: int, parameter: str, rng: np
     return [np.concatenate(part) for part in parts]
 
 
-def _label_blocks(classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator) -> list[IndexArray]:
-    per_client = parse_count(f"partition 'label-blocks:{parameter}'", parameter, 1)
+def _label_blocks(
+    classes: IndexArray, num_clients: int, parameter: float, rng: np.random.Generator
+) -> list[IndexArray]:
+    per_client = int(parameter)
     present = np.unique(classes)
     num_blocks = ceil(len(present) / per_client)
     if num_clients < num_blocks:
         raise PartitionError(
-            f"partition 'label-blocks:{parameter}': {len(present)} labels are {num_blocks} blocks, got {num_clients} "
+            f"partition 'label-blocks:{per_client}': {len(present)} labels are {num_blocks} blocks, got {num_clients} "
             "clients; use as many clients, or more labels a block"
         )
     parts: list[IndexArray] = [np.empty(0, np.int64)] * num_clients
@@ -284,22 +295,42 @@ def _shards_per_label(counts: NDArray[np.int64], num_shards: int) -> NDArray[np.
     return shards
 
 
-def _quantity(classes: IndexArray, num_clients: int, parameter: str, rng: np.random.Generator) -> list[IndexArray]:
-    sigma = parse_number(f"partition 'quantity:{parameter}'", parameter, 0)
+def _quantity(classes: IndexArray, num_clients: int, sigma: float, rng: np.random.Generator) -> list[IndexArray]:
     logs = sigma * rng.standard_normal(num_clients)
     shares = np.exp(logs - logs.max())
     return _cut(rng.permutation(len(classes)), shares / shares.sum())
 
 
-_SCHEMES: dict[str, Callable[[IndexArray, int, str, np.random.Generator], list[IndexArray]]] = {
-    "iid": _iid,
-    "dirichlet": _dirichlet,
-    "merged-dirichlet": _merged_dirichlet,
-    "balanced-dirichlet": _balanced_dirichlet,
-    "pathological": _pathological,
-    "quantity": _quantity,
-    "label-blocks": _label_blocks,
+def _nothing(scheme: str, parameter: str) -> float:
+    if parameter:
+        raise PartitionError(f"partition {scheme!r}: iid takes no parameter; write 'iid'")
+    return 0.0
+
+
+def _positive(scheme: str, parameter: str) -> float:
+    return parse_number(f"partition {scheme!r}", parameter, 0, exclusive=True)
+
+
+def _not_negative(scheme: str, parameter: str) -> float:
+    return parse_number(f"partition {scheme!r}", parameter, 0)
+
+
+def _count(scheme: str, parameter: str) -> float:
+    return parse_count(f"partition {scheme!r}", parameter, 1)
+
+
+Maker = Callable[[IndexArray, int, float, np.random.Generator], list[IndexArray]]
+
+_SCHEMES: dict[str, tuple[Callable[[str, str], float], Maker]] = {
+    "iid": (_nothing, _iid),
+    "dirichlet": (_positive, _dirichlet),
+    "merged-dirichlet": (_positive, _merged_dirichlet),
+    "balanced-dirichlet": (_positive, _balanced_dirichlet),
+    "pathological": (_count, _pathological),
+    "quantity": (_not_negative, _quantity),
+    "label-blocks": (_count, _label_blocks),
 }
+"""Scheme -> (reader of its parameter, maker of its parts)."""
 
 
 def _draw_dirichlet(alphas: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

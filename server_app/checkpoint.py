@@ -82,13 +82,7 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
     CheckpointError
         If there is none or it cannot be read.
     """
-    if path.is_dir():
-        found = sorted((path / "checkpoints").glob("round-*.pt"))
-        if not found:
-            raise CheckpointError(f"resume: {path} holds no checkpoint; expected checkpoints/round-*.pt")
-        path = found[-1]
-    if not path.exists():
-        raise CheckpointError(f"resume: there is no checkpoint {path}")
+    path = find_checkpoint(path)
     try:
         content = torch.load(path, weights_only=True)
         plain, found_format = json.loads(content["json"]), content["format"]
@@ -111,6 +105,24 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         ],
     )
     return progress, content["own"], plain["config"], plain["num_rows"]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint file: ``path`` itself, or the newest of a run folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    if path.is_dir():
+        found = sorted((path / "checkpoints").glob("round-*.pt"))
+        if not found:
+            raise CheckpointError(f"resume: {path} holds no checkpoint; expected checkpoints/round-*.pt")
+        path = found[-1]
+    if not path.exists():
+        raise CheckpointError(f"resume: there is no checkpoint {path}; give the folder of a run, or a checkpoint")
+    return path
 
 
 def _arrival_to_plain(arrival: Arrival) -> dict[str, Any]:

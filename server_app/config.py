@@ -14,7 +14,18 @@ from strategies.loop import LoopConfig, in_force
 from strategies.robust import RobustConfig
 from strategies.setting import DeploymentConfig
 from wire.check import Limits
-from wire.flat import ConfigError, Scalar, cast_scalar, from_flat, known_keys, nearest, require, require_choice, to_flat
+from wire.flat import (
+    ConfigError,
+    Scalar,
+    cast_scalar,
+    from_flat,
+    kind_name,
+    known_keys,
+    nearest,
+    require,
+    require_choice,
+    to_flat,
+)
 from wire.message import CompressionConfig, DataConfig, ModelConfig, TrainConfig
 
 
@@ -199,9 +210,14 @@ def _read(key: str, text: str, kind: type) -> Scalar:
     if kind is str:
         return text.strip("'\"")
     try:
-        return cast_scalar(key, json.loads(text), kind)
+        # JSON's words and numbers, and what people write as well: True, .5
+        value = json.loads(text.lower() if kind is bool else text)
     except json.JSONDecodeError:
-        raise ConfigError(f"config: {key}: expected {kind.__name__}, got {text!r}") from None
+        try:
+            value = float(text)
+        except ValueError:
+            raise ConfigError(f"config: {key}: expected {kind_name(kind)}, got {text!r}") from None
+    return cast_scalar(key, value, kind)
 
 
 def defaults() -> dict[str, Scalar]:
@@ -217,17 +233,18 @@ def absolute(config: Config, base: Path) -> Config:
     data, run = config.run.data, config.run
     kind, colon, path = data.name.partition(":")
     if colon and kind in ("npz", "folder"):
-        data = replace(data, name=f"{kind}:{_join(base, path)}")
-    data = replace(data, dir=_join(base, data.dir))
+        data = replace(data, name=f"{kind}:{join(base, path)}")
+    data = replace(data, dir=str(join(base, data.dir)))
     fleet = run.fleet
     if fleet.name.endswith(".toml"):
-        fleet = replace(fleet, name=_join(base, fleet.name))
-    run_dir, resume = (_join(base, path) if path else "" for path in (run.run_dir, run.resume))
+        fleet = replace(fleet, name=str(join(base, fleet.name)))
+    run_dir, resume = (str(join(base, path)) if path else "" for path in (run.run_dir, run.resume))
     return replace(config, run=replace(run, data=data, fleet=fleet, run_dir=run_dir, resume=resume))
 
 
-def _join(base: Path, path: str) -> str:
-    return os.path.normpath(base / Path(path).expanduser())
+def join(base: Path, path: str) -> Path:
+    """``path`` made absolute, relative to ``base``; a ``~`` in front is the home folder."""
+    return Path(os.path.normpath(base / Path(path).expanduser()))
 
 
 def _all_keys() -> dict[str, type]:

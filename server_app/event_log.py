@@ -26,13 +26,19 @@ class EventLog:
     ----------
     path : JSONL file, appended to.
     echo : also receives every row (the terminal's progress).
-    num_rows : rows that a resumed log already has.
+    num_rows, time_s, server_round : rows that a resumed log already has, and where on the run's clock and in which
+        round it is.
     """
 
     def __init__(
-        self, path: Path, echo: Callable[[dict[str, Any]], None] = lambda row: None, num_rows: int = 0
+        self,
+        path: Path,
+        echo: Callable[[dict[str, Any]], None] = lambda row: None,
+        num_rows: int = 0,
+        time_s: float = 0.0,
+        server_round: int = 0,
     ) -> None:
-        self.num_rows, self.time_s, self.server_round = num_rows, 0.0, 0
+        self.num_rows, self.time_s, self.server_round = num_rows, time_s, server_round
         self._echo = echo
         self._began = time.monotonic()
         self._file = path.open("a", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Starts runs: `python -m server_app.launch run key=value ...` and `... compare STRATEGY ... key=value ...`.
 
-Everything is checked before anything is started. The exit code is 0 when every run completed, 1 when one failed (the
-reason is printed), 2 when the arguments are wrong, and 128 + the signal when a signal ended it (130 for Ctrl-C).
+Names, values and files are checked before anything is started. The exit code is 0 when every run completed, 1 when
+one failed (the reason is printed), 2 when the arguments are wrong, and 128 + the signal when a signal ended it (130 for
+Ctrl-C).
 """
 
 from __future__ import annotations
@@ -90,16 +91,21 @@ def guard(action: Callable[[], int]) -> int:
             return interruption.exit_code
 
 
-def plan(tokens: Sequence[str], working_dir: Path | None = None) -> Launch:
+def plan(tokens: Sequence[str], working_dir: Path | None = None, is_here: bool = True) -> Launch:
     """Check ``key=value`` tokens and turn them into a run.
 
     Paths that the caller names are relative to `working_dir` (default: the current directory), those of the defaults to
-    the project. Raises `LaunchError` for a malformed token, an unknown key or a value that the configuration refuses.
+    the project. With ``resume=`` every key that is not given is that run's. `is_here`: the run is of this machine and
+    reads its files. Raises `LaunchError` for a malformed token, an unknown key or name, a value that the configuration
+    refuses, or a file that is not there.
     """
-    from server_app import config  # imports torch: not for a usage error
+    from server_app import config, precheck, resume  # imports torch: not for a usage error
 
+    base = Path.cwd() if working_dir is None else working_dir
     try:
         given = config.parse_overrides(list(tokens))
+        if given.get("resume"):
+            given = resume.earlier_settings(config.join(base, str(given["resume"]))) | given
         whole = config.parse(given)
     except ValueError as error:
         raise LaunchError(str(error)) from None
@@ -109,7 +115,12 @@ def plan(tokens: Sequence[str], working_dir: Path | None = None) -> Launch:
     if not whole.run.run_dir:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{whole.run.strategy}-{secrets.token_hex(2)}"
         whole = replace(whole, run=replace(whole.run, run_dir=str(PROJECT_DIR / "results" / name)))
-    whole = config.absolute(whole, Path.cwd() if working_dir is None else working_dir)
+    whole = config.absolute(whole, base)
+    try:
+        if is_here:
+            precheck.check_start(whole)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
 
     def carry_out() -> None:
         from server_app.local import run_local

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import secrets
-import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -23,46 +22,25 @@ from torch import nn
 from client_app.data import examples_of, load_images, partitions
 from fleet.clock import DurationModel
 from fleet.data import ImageData
-from fleet.fleet import make_fleet
 from fleet.partition import label_counts
 from pruning.cost import measure_costs
 from pruning.groups import Layout
 from pruning.importance import has_scales
 from reporting.progress import Progress as TerminalProgress
 from reporting.report import write_report
-from server_app.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from server_app.checkpoint import save_checkpoint
 from server_app.config import Config, as_toml
 from server_app.evaluation import CentralEvaluator
 from server_app.event_log import EventLog
+from server_app.precheck import make_durations, model_options
+from server_app.resume import CONFIG, LINEAGE, take_over
 from strategies import STRATEGIES
 from strategies.base import SubModelStrategy
 from strategies.exchange import Transport
-from strategies.setting import DeploymentConfig, Progress, Setting
-from wire.check import Limits
-from wire.flat import ConfigError, to_flat
+from strategies.setting import Progress, Setting
+from wire.flat import ConfigError
 from wire.message import Job
 from zoo import get_model
-
-MAY_DIFFER = (
-    "num-rounds",
-    "num-workers",
-    "run-dir",
-    "resume",
-    "transport",
-    "reply-timeout-s",
-    "keep-checkpoints",
-    "data.dir",
-    "data.download",
-    "evaluation.every",
-    "evaluation.family-every",
-    *to_flat(DeploymentConfig(), "deployment."),
-    *to_flat(Limits(), "limits."),
-)
-"""Keys that a resumed run may change: nothing merged depends on them (but a cosine schedule on num-rounds)."""
-
-
-LINEAGE = "lineage"
-"""File of a run's folder: a name of its own and those of the runs it continues, under which devices keep memory."""
 
 
 class RunFolderError(ValueError):
@@ -82,9 +60,10 @@ def run(config: Config, transport: Grid | Transport, show: Callable[[str], None]
     if config.run.fleet.name != "none":
         torch.set_num_threads(1)  # what a simulation finds must not depend on how many cores split a sum
     folder = prepare_folder(config)
-    resumed = _resume(config, folder) if config.run.resume else None
+    resumed = take_over(config, folder) if config.run.resume else None
     terminal = TerminalProgress(config.run.num_rounds)
-    with EventLog(folder / "events.jsonl", echo=terminal.on_event, num_rows=resumed[2] if resumed else 0) as log:
+    done = (resumed[2], resumed[0].now_s, resumed[0].server_round) if resumed else (0, 0.0, 0)
+    with EventLog(folder / "events.jsonl", terminal.on_event, *done) as log:
         try:
             strategy, state = build(config, folder, log.write, log)
             initial = [ArrayRecord(state)]
@@ -114,7 +93,7 @@ def prepare_folder(config: Config) -> Path:
         if (folder / "events.jsonl").exists():
             raise RunFolderError(f"run-dir: {folder} already holds a run; choose another, or use resume={folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(as_toml(config.flat()), encoding="utf-8")
+        (folder / CONFIG).write_text(as_toml(config.flat()), encoding="utf-8")
         (folder / LINEAGE).write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"run-dir: cannot write to {folder}: {error.strerror}; choose another run-dir") from error
@@ -140,7 +119,7 @@ def build(
             f"of model {run_config.model.name!r} has one; set train.sparsity-norm=group-lasso"
         )
     cost = measure_costs(model, layout, torch.zeros(2, *shape))
-    durations = _durations(config)
+    durations = make_durations(config)
     evaluation = run_config.evaluation
     evaluator = None
     if evaluation.where != "federated":
@@ -197,15 +176,6 @@ def _job(config: Config, data: ImageData, folder: Path) -> Job:
     )
 
 
-def _durations(config: Config) -> DurationModel | None:
-    """How long the simulated devices take; None where the clock is the wall."""
-    fleet, seed = config.run.fleet, config.run.seed
-    if fleet.name == "none":
-        return None
-    devices = make_fleet(fleet.name, config.run.num_clients, seed=seed, drop_out_ratio=fleet.drop_out_ratio or None)
-    return DurationModel(devices, seed=seed, noise=fleet.noise)
-
-
 def make_model(config: Config, num_classes: int, shape: tuple[int, ...]) -> tuple[nn.Module, Layout]:
     """The full model of a run, with fresh weights, and its layout."""
     if shape[1] != shape[2]:
@@ -214,10 +184,7 @@ def make_model(config: Config, num_classes: int, shape: tuple[int, ...]) -> tupl
             f"config: data.name={name}: images are {shape[1]} x {shape[2]} pixels, and models are made for square "
             f"ones; append a size, such as data.name={name}@{min(shape[1:])}"
         )
-    options: dict[str, Any] = {} if config.run.model.width == 1 else {"width": config.run.model.width}
-    options |= {"exits": True} if config.run.model.exits else {}
-    options |= {"gates": True} if config.run.model.gates else {}
-    return get_model(config.run.model.name, num_classes, shape[0], shape[1], **options)
+    return get_model(config.run.model.name, num_classes, shape[0], shape[1], **model_options(config))
 
 
 def _run_row(config: Config, data_name: str, model: nn.Module) -> dict[str, Any]:
@@ -250,31 +217,6 @@ def _clients(counts: np.ndarray, durations: DurationModel | None) -> list[dict[s
             }
         rows.append(client)
     return rows
-
-
-def _resume(config: Config, folder: Path) -> tuple[Progress, dict[str, Any], int]:
-    """Take over an earlier run: its progress, the method's state, and its log and client memories up to there."""
-    source = Path(config.run.resume)
-    progress, own, before, num_rows = load_checkpoint(source)
-    now = config.flat()
-    may_differ = set(MAY_DIFFER) - ({"num-rounds"} if config.run.train.schedule == "cosine" else set())
-    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in may_differ]
-    if changed:
-        what = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
-        raise ConfigError(f"config: resume: the run that is continued was configured differently: {what}")
-    home = source if source.is_dir() else source.parent.parent
-    if not (home / "events.jsonl").is_file():
-        raise CheckpointError(f"resume: {source} has no event log beside it; expected {home / 'events.jsonl'}")
-    with (home / "events.jsonl").open("rb") as old, (folder / "events.jsonl").open("wb") as new:
-        for _ in range(num_rows):
-            new.write(old.readline())
-    if (home / LINEAGE).is_file():
-        with (folder / LINEAGE).open("a", encoding="utf-8") as file:
-            file.write((home / LINEAGE).read_text(encoding="utf-8"))
-    for name in ("clients", "versions"):
-        if (home / name).is_dir():
-            shutil.copytree(home / name, folder / name, dirs_exist_ok=True)
-    return progress, own, num_rows
 
 
 def _where(log: EventLog) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def read(arguments: Sequence[str]) -> Submission:
 
 def submit(submission: Submission, app_dir: Path = PROJECT_DIR, show: Callable[[str], None] = print) -> int:
     """Run, and continue what was cut off; 0 if the run completed in the end, else 1."""
-    launch = plan(submission.tokens)
+    launch = plan(submission.tokens, is_here=False)
     settings = [token for token in submission.tokens if not token.startswith(("run-dir=", "resume="))]
     folder = launch.run_dir
     for attempt in range(1, submission.num_attempts + 1):
@@ -95,7 +95,7 @@ def submit(submission: Submission, app_dir: Path = PROJECT_DIR, show: Callable[[
         resume = [f"resume={source}"] if source is not None else []
         following = folder.with_name(f"{folder.name}-{attempt + 1}")
         show(f"going on from {source}" if source is not None else "nothing was merged yet: starting again")
-        launch = plan([*settings, f"run-dir={following}", *resume])
+        launch = plan([*settings, f"run-dir={following}", *resume], is_here=False)
     return 1
 
 

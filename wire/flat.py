@@ -94,7 +94,13 @@ def cast_scalar(key: str, value: Any, kind: type) -> Scalar:
         return float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return typing.cast(Scalar, value)
-    raise ConfigError(f"config: {key}: expected {kind.__name__}, got {type(value).__name__} {value!r}")
+    raise ConfigError(f"config: {key}: expected {kind_name(kind)}, got {type(value).__name__} {value!r}")
+
+
+def kind_name(kind: type) -> str:
+    """``float (a number)``: a type as Python calls it and in plain words."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return f"{kind.__name__} ({words[kind]})" if kind in words else kind.__name__
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -105,27 +106,40 @@ def get_model(
     return protect_convolutions(model), layout
 
 
-def _with_layout(name: str, sizes: Mapping[str, int], options: Mapping[str, Any]) -> tuple[nn.Module, Layout]:
+def check_model(name: str, **options: Any) -> None:
+    """Refuse what :func:`get_model` would, as far as that shows without building anything.
+
+    Raises
+    ------
+    ModelError
+        Unknown name or option; models of others are not looked at.
+    """
+    options.pop("gates", None)
     if name in ZOO:
         _check_options(name, ZOO[name], options)
-        try:
-            return ZOO[name](**sizes, **options)
-        except ValueError as error:
-            raise ModelError(f"model {name!r}: {error}") from error
-    source, colon, rest = name.partition(":")
-    if not colon:
+    elif ":" not in name:
         known = ", ".join(ZOO)
         raise ModelError(
             f"unknown model {name!r}{_nearest(name, ZOO)}; known are {known}, torchvision:NAME, timm:NAME and "
             "package.module:function"
         )
+
+
+def _with_layout(name: str, sizes: Mapping[str, int], options: Mapping[str, Any]) -> tuple[nn.Module, Layout]:
+    check_model(name, **options)
+    if name in ZOO:
+        try:
+            return ZOO[name](**sizes, **options)
+        except ValueError as error:
+            raise ModelError(f"model {name!r}: {error}") from error
+    source, _, rest = name.partition(":")
     build = {"torchvision": _torchvision, "timm": _timm}.get(source)
     if build is None:
-        return _proved(lambda: _custom(source, rest, {**sizes, **options}), sizes)
+        return _proved(name, lambda: _custom(source, rest, {**sizes, **options}), sizes)
     key = (name, tuple(sizes.items()), repr(sorted(options.items())))
     if key in _layouts:
         return build(rest, options, **sizes), _layouts[key]
-    model, _layouts[key] = _proved(lambda: build(rest, options, **sizes), sizes)
+    model, _layouts[key] = _proved(name, lambda: build(rest, options, **sizes), sizes)
     return model, _layouts[key]
 
 
@@ -134,7 +148,7 @@ _layouts: dict[tuple[object, ...], Layout] = {}
 
 
 def _proved(
-    build: Callable[[], nn.Module | tuple[nn.Module, Layout]], sizes: Mapping[str, int]
+    name: str, build: Callable[[], nn.Module | tuple[nn.Module, Layout]], sizes: Mapping[str, int]
 ) -> tuple[nn.Module, Layout]:
     """Build a model and prove its layout, its own or a traced one; a model on ``meta`` gets it from a real twin."""
     built = twin = build()
@@ -152,7 +166,20 @@ def _proved(
             layout = prove(*twin, example, declared=True)
         else:
             layout = prove(twin, traced_layout(twin, example), example, declared=False)
+        _check_logits(name, twin[0] if isinstance(twin, tuple) else twin, example, sizes["num_classes"])
     return (built[0] if isinstance(built, tuple) else built), layout
+
+
+def _check_logits(name: str, model: nn.Module, example: torch.Tensor, num_classes: int) -> None:
+    """Refuse a model with fewer logits than classes, whose first step would fail on some client's label."""
+    with torch.no_grad():
+        output = copy.deepcopy(model).eval()(example)
+    logits = output[-1] if isinstance(output, tuple | list) else output
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] < num_classes:
+        raise ModelError(
+            f"model {name!r}: expected {num_classes} logits, one for each class of the data, got {logits.shape[1]}; "
+            "let the function take num_classes"
+        )
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -276,7 +303,10 @@ def _custom(module_name: str, function_name: str, arguments: Mapping[str, Any]) 
         raise ModelError(
             f"model {name!r}: the function has no argument {unknown[0]!r}{_nearest(unknown[0], parameters)}"
         )
-    result = function(**{key: value for key, value in arguments.items() if takes_any or key in parameters})
+    try:
+        result = function(**{key: value for key, value in arguments.items() if takes_any or key in parameters})
+    except Exception as error:  # whatever code of others raises: what it was asked for is not in its message
+        raise ModelError(f"model {name!r}: the function raised {type(error).__name__}: {error}") from error
     pair = isinstance(result, tuple) and len(result) == 2
     if isinstance(result, nn.Module) or (pair and isinstance(result[0], nn.Module) and isinstance(result[1], Layout)):
         return result

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from fleet.data import DataError, ImageData, _image_data, load_data, normalized
+from fleet.data import DataError, ImageData, _image_data, check_data, load_data, normalized
 from fleet.names import FleetError
 
 RNG = np.random.default_rng(0)
@@ -248,7 +248,7 @@ def test_cifar_is_read_from_torchvisions_files(tmp_path, monkeypatch, name, fold
 def test_a_named_set_without_files_is_an_error_with_three_remedies_and_no_download(tmp_path):
     with pytest.raises(DataError) as caught:
         load_data("cifar10", tmp_path)
-    assert all(word in str(caught.value) for word in ("cifar10.npz", "data-dir", "download = true"))
+    assert all(word in str(caught.value) for word in ("cifar10.npz", "data.dir", "data.download=true"))
     assert not list(tmp_path.iterdir())
 
 
@@ -271,7 +271,7 @@ def test_download_is_passed_on_only_when_asked_for(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("data_dir", [None, ""])
 def test_a_named_set_without_a_data_folder_is_an_error(data_dir):
-    with pytest.raises(DataError, match="set data-dir"):
+    with pytest.raises(DataError, match=r"set data\.dir"):
         load_data("mnist", data_dir)
 
 
@@ -365,6 +365,51 @@ def test_a_folder_that_cannot_be_used_is_an_error_that_says_why(tmp_path):
     Pillow.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "a" / "0.png")
     with pytest.raises(DataError, match="more than 8 bits"):
         load_data(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("train",), ("train", "test", "val")])
+def test_parts_of_an_image_folder_are_never_taken_for_classes(parts, tmp_path):
+    images = [np.full((2, 2), level, np.uint8) for level in range(4)]
+    for part in parts:
+        write_images(tmp_path, {f"{part}/{name}/{i}.png": image for name in "ab" for i, image in enumerate(images)})
+    if "test" in parts:
+        assert load_data(f"folder:{tmp_path}").num_classes == 2
+    else:
+        with pytest.raises(DataError, match=f"{', '.join(parts)} would be taken for classes; call the parts train and"):
+            load_data(f"folder:{tmp_path}")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    pixel = np.zeros((2, 2), np.uint8)
+    write_images(tmp_path, {f"{name}/{i}.png": pixel + i for name in ("bus", "train") for i in range(5)})
+    assert load_data(f"folder:{tmp_path}").num_classes == 2
+
+
+def test_what_a_function_of_ones_own_raises_is_named_with_the_data_it_was_asked_for():
+    with pytest.raises(DataError, match=r"data 'json:loads': the function raised TypeError: loads\(\) missing"):
+        load_data("json:loads")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digitz", "Did you mean 'digits'"),
+        ("npz:none.npz", "none.npz: does not exist"),
+        ("folder:none", "none: does not exist"),
+        ("folder:parts", "train would be taken for classes"),
+        ("cifar10", "there is no folder cifar-10-batches-py"),
+        ("npz:", "nothing follows the colon"),
+        (":npz", "nothing stands before the colon"),
+    ],
+)
+def test_what_is_not_there_shows_before_anything_is_read(name, message, tmp_path):
+    (tmp_path / "parts" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match=message):
+        check_data(name, tmp_path)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for good in ("digits", "digits@4", "cifar10", "hub:anything", "package.module:function"):
+        check_data(good, tmp_path)
+    check_data("mnist", tmp_path, download=True)
 
 
 def test_a_test_class_that_training_lacks_is_an_error(tmp_path):

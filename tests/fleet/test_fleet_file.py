@@ -62,6 +62,7 @@ def test_a_number_of_clients_that_the_file_does_not_describe_is_an_error_with_th
         ("x = [", "no valid TOML"),
         ('[[device]]\nprofile = "laptop"', "Did you mean 'devices'"),
         ('[[devices]]\nprofile = "labtop"', "Did you mean 'laptop'"),
+        ('[[devices]]\nprofile = ["laptop"]', "profile must be a text, got \\['laptop'\\]"),
         ('[[devices]]\nprofile = "laptop"\ntrain-flop = 3', "Did you mean 'train-flops'"),
         ('[[devices]]\nprofile = "laptop"\ncount = 0', "count must be a whole number >= 1"),
         ('[[devices]]\nprofile = "laptop"\ncount = true', "count must be a whole number >= 1"),

@@ -31,6 +31,12 @@ def test_a_resumed_log_is_continued(tmp_path):
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["run", "end"]
 
 
+def test_a_resumed_log_knows_where_the_run_is_before_its_first_row(tmp_path):
+    with EventLog(tmp_path / "events.jsonl", num_rows=1, time_s=2.5, server_round=3) as log:
+        log.write({"event": "warning", "message": "stopped again"})
+        assert (log.num_rows, log.time_s, log.server_round) == (2, 2.5, 3)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
 def test_numbers_that_json_lacks_become_null(value, tmp_path):
     def refuse(name: str) -> None:

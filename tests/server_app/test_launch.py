@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from server_app.config import defaults
-from server_app.launch import Launch, close_event_log, guard, main, plan, run
+from server_app.launch import Launch, LaunchError, close_event_log, guard, main, plan, run
+from tests.runs import tiny_run
 
 PYPROJECT = """
 [project]
@@ -248,6 +249,9 @@ def test_a_local_run_that_is_interrupted_says_so_in_its_log(tmp_path: Path, caps
 
 
 def test_paths_are_absolute_the_callers_from_where_it_is_and_the_defaults_from_the_project(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[[devices]]\nprofile = "laptop"\ncount = 10\n')
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "c.npz").touch()
     settings = plan(["data.name=npz:a b/c.npz", "fleet.name=mine.toml", "run-dir=out"], tmp_path)
     flat = tomllib.loads(settings.settings)
     assert flat["data"]["name"] == f"npz:{tmp_path}/a b/c.npz"
@@ -291,6 +295,18 @@ def flatten(table: dict, prefix: str = "") -> dict:
         (["compare", "fedavg"], "two strategies or more"),
         (["compare", "fedavg", "heterofl", "strategy=x"], "leave out strategy="),
         (["compare", "fedavg", "heterofll"], "heterofl"),
+        (["model.name=resnet9"], "did you mean 'resnet8'"),
+        (["compare", "fedavg", "heterofl", "model.name=resnet9"], "did you mean 'resnet8'"),
+        (["model.name=vgg11", "model.exits=true"], "has no option 'exits'"),
+        (["data.name=digitz"], "Did you mean 'digits'"),
+        (["data.name=npz:none.npz"], "none.npz: does not exist"),
+        (["data.name=cifar10", "data.dir=nowhere"], "data.download=true"),
+        (["data.partition=dirichle:1"], "Did you mean 'dirichlet'"),
+        (["data.partition=pathological:0"], "whole number >= 1"),
+        (["fleet.name=linaer:5"], "Did you mean 'linear'"),
+        (["fleet.name=linear:0.5"], "a number >= 1"),
+        (["fleet.name=none.toml"], "none.toml: cannot be read"),
+        (["resume=nowhere"], "there is no checkpoint"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_starts_nothing(
@@ -298,6 +314,57 @@ def test_a_wrong_command_line_exits_with_2_and_starts_nothing(
 ) -> None:
     monkeypatch.setattr("server_app.launch.run", lambda *_: pytest.fail("a run was started"))
     assert main(arguments, tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_a_superlink_reads_is_not_looked_for_here(tmp_path: Path) -> None:
+    words = ["data.name=npz:/there/only.npz", "fleet.name=none", "resume=/there/run"]
+    flat = tomllib.loads(plan(words, tmp_path, is_here=False).settings)
+    assert (flat["data"]["name"], flat["resume"]) == ("npz:/there/only.npz", "/there/run")
+    with pytest.raises(LaunchError, match="does not exist"):
+        plan(words, tmp_path)
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """The folder of a run of HeteroFL whose last checkpoint was kept."""
+    tiny_run(tmp_path / "earlier", strategy="heterofl", num_rounds=2, seed=7, heterofl__rates="1,0.5")
+    return tmp_path / "earlier"
+
+
+@pytest.mark.parametrize("source", ["earlier", "earlier/checkpoints/round-000001.pt"])
+def test_a_resumed_run_takes_every_setting_that_is_not_given_from_the_one_it_continues(
+    source: str, earlier: Path, tmp_path: Path
+) -> None:
+    launch = plan([f"resume={source}", "num-rounds=3", "run-dir=later"], tmp_path)
+    before, now = (flatten(tomllib.loads(text)) for text in ((earlier / "config.toml").read_text(), launch.settings))
+    changed = {
+        "data.dir": str(REPOSITORY / "data"),
+        "num-rounds": 3,
+        "run-dir": str(tmp_path / "later"),
+        "resume": str(tmp_path / source),
+    }
+    assert now == {**before, **changed}
+
+
+def test_a_run_is_resumed_by_naming_its_folder_alone(earlier: Path, tmp_path: Path, capsys) -> None:
+    words = [f"resume={earlier}", "num-rounds=3", "transport=local", "num-workers=1", f"run-dir={tmp_path / 'later'}"]
+    assert main(words) == 0, capsys.readouterr().err
+    assert read_rows(tmp_path / "later" / "events.jsonl")[-1]["num_rounds"] == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("strategy=fedavg", "strategy: 'heterofl' then, 'fedavg' now."),
+        ("seed=8", "seed: 7 then, 8 now. These cannot change in the middle of a run: leave them out"),
+    ],
+)
+def test_a_resumed_run_that_would_be_another_is_refused_before_it_starts(
+    word: str, message: str, earlier: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("server_app.launch.run", lambda *_: pytest.fail("a run was started"))
+    assert main([f"resume={earlier}", word]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -49,11 +49,11 @@ def test_an_unknown_key_names_the_nearest_known_one():
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("num-rounds", 3.0, "expected int, got float 3.0"),
-        ("num-rounds", True, "expected int, got bool True"),
-        ("is-fast", 1, "expected bool, got int 1"),
-        ("name", 5, "expected str, got int 5"),
-        ("inner.step-size", "0.5", "expected float, got str '0.5'"),
+        ("num-rounds", 3.0, r"expected int \(a whole number\), got float 3\.0"),
+        ("num-rounds", True, r"expected int \(a whole number\), got bool True"),
+        ("is-fast", 1, r"expected bool \(true or false\), got int 1"),
+        ("name", 5, r"expected str \(a text\), got int 5"),
+        ("inner.step-size", "0.5", r"expected float \(a number\), got str '0\.5'"),
         ("inner.step-size", float("nan"), "expected a finite number"),
         ("inner.step-size", float("inf"), "expected a finite number"),
     ],

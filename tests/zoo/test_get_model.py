@@ -162,6 +162,19 @@ def test_a_factory_that_returns_or_declares_something_wrong_is_an_error():
         get_model("somebodys_models:plain", neuron=3)
 
 
+@pytest.mark.usefixtures("own_models")
+def test_a_factory_that_raises_and_one_that_makes_too_few_logits_are_named():
+    sys.modules["somebodys_models"].__dict__.update(
+        raising=lambda num_classes: 1 / 0,
+        ten_classes=lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 10)),
+    )
+    with pytest.raises(ModelError, match="'somebodys_models:raising': the function raised ZeroDivisionError"):
+        get_model("somebodys_models:raising", 4, 3, 4)
+    with pytest.raises(ModelError, match=r"'somebodys_models:ten_classes': expected 12 logits, .* got 10; let"):
+        get_model("somebodys_models:ten_classes", 12, 3, 4)
+    assert get_model("somebodys_models:ten_classes", 4, 3, 4)[0] is not None
+
+
 def test_a_torchvision_model_takes_grey_images_and_is_traced_once_per_process():
     model, layout = get_model("torchvision:squeezenet1_1", 5, 1, 32)
     assert model.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 5)

@@ -1,0 +1,56 @@
+"""What of a run shows to be wrong before anything is started, read or built: a wrong word costs no minute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from client_app.data import OWN
+from fleet.clock import DurationModel
+from fleet.data import check_data
+from fleet.fleet import make_fleet
+from fleet.partition import read_scheme
+from server_app.checkpoint import find_checkpoint
+from server_app.config import Config
+from server_app.resume import check_settings, earlier_settings
+from zoo import check_model
+
+
+def check_start(config: Config) -> None:
+    """Refuse names that stand for nothing, files that are not there, and settings that a resumed run cannot have.
+
+    Only for runs of this machine: a SuperLink reads its own files.
+
+    Raises
+    ------
+    ConfigError, ModelError, DataError, FleetError, CheckpointError
+        As the run itself would, later.
+    """
+    run = config.run
+    make_durations(config)
+    check_model(run.model.name, **model_options(config))
+    check_data(run.data.name, run.data.dir, run.data.download)
+    if run.data.partition != OWN:
+        read_scheme(run.data.partition)
+    if run.resume:
+        find_checkpoint(Path(run.resume))
+        before = earlier_settings(Path(run.resume))
+        if before:
+            check_settings(before, config.flat())
+
+
+def make_durations(config: Config) -> DurationModel | None:
+    """How long the simulated devices take; None where the clock is the wall."""
+    fleet, seed = config.run.fleet, config.run.seed
+    if fleet.name == "none":
+        return None
+    devices = make_fleet(fleet.name, config.run.num_clients, seed=seed, drop_out_ratio=fleet.drop_out_ratio or None)
+    return DurationModel(devices, seed=seed, noise=fleet.noise)
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """The options that the run's model is asked for with."""
+    model = config.run.model
+    options: dict[str, Any] = {} if model.width == 1 else {"width": model.width}
+    options |= {"exits": True} if model.exits else {}
+    return options | ({"gates": True} if model.gates else {})
