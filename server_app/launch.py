@@ -152,7 +152,10 @@ def run(launch: Launch, app_dir: Path = PROJECT_DIR) -> int:
     except Interrupted as interruption:
         with uninterrupted():
             close_event_log(run_dir, "interrupted", f"stopped by {interruption}")
-        print(f"incomplete: {run_dir}; ./run.sh report shows what there is")
+        if (run_dir / EVENT_LOG).exists():
+            print(f"incomplete: {run_dir}; ./run.sh report {run_dir} shows what there is")
+        else:
+            print("stopped before the run began")
         raise
     end = close_event_log(run_dir, "completed" if outcome.is_completed else "failed", outcome.reason)
     if end["status"] != "completed" or not outcome.is_completed:

@@ -248,6 +248,20 @@ def test_a_local_run_that_is_interrupted_says_so_in_its_log(tmp_path: Path, caps
     assert read_rows(tmp_path / "events.jsonl")[-1]["status"] == "interrupted"
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_an_interrupted_run_offers_a_report_only_where_there_is_something_to_show(
+    has_begun: bool, tmp_path: Path, capsys
+) -> None:
+    def carry_out() -> None:
+        if has_begun:
+            (tmp_path / "events.jsonl").write_text('{"event": "run", "wall_s": 0.5}\n')
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert guard(lambda: run(Launch("", tmp_path, 2, 1, carry_out))) == 130
+    said = capsys.readouterr().out
+    assert ("./run.sh report" in said) == (f"./run.sh report {tmp_path}" in said) == has_begun
+
+
 def test_paths_are_absolute_the_callers_from_where_it_is_and_the_defaults_from_the_project(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('[[devices]]\nprofile = "laptop"\ncount = 10\n')
     (tmp_path / "a b").mkdir()
