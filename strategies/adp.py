@@ -42,8 +42,8 @@ from strategies.exchange import Arrival, Entry
 from strategies.gate_rows import GateRows, check_evidence, plan_row, slower_gated
 from strategies.setting import Order
 from wire.flat import ConfigError, Scalar, refuse, require, require_choice
-from wire.grid import spec_from_json, spec_to_json
 from wire.message import Report
+from wire.spec import spec_from_json, spec_to_json
 
 
 @dataclass(frozen=True)

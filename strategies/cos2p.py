@@ -38,8 +38,8 @@ from strategies.cos2p_rule import (
 from strategies.exchange import Arrival, Entry
 from strategies.setting import Order
 from wire.flat import Scalar, refuse, require, require_choice
-from wire.grid import spec_from_json, spec_to_json
 from wire.message import Report
+from wire.spec import spec_from_json, spec_to_json
 
 
 @dataclass(frozen=True)

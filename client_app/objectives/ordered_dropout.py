@@ -17,7 +17,7 @@ from client_app.objectives.inner import InnerNetwork
 from pruning.cost import CostModel, measure_costs
 from pruning.groups import Layout
 from pruning.spec import SubModelSpec
-from wire.grid import spec_from_json
+from wire.spec import spec_from_json
 
 
 def ordered_dropout(task: Task) -> Objective:
