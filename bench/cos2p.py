@@ -306,7 +306,8 @@ def client_peak(model: str, rate: float, learns_masks: bool) -> dict[str, float]
 
     from bench.cos2p_scale import reset_peak
     from client_app.data import client_examples
-    from client_app.handler import build_model, full_model, handle, sub_model
+    from client_app.handler import handle
+    from client_app.model import build_model, full_model, sub_model
     from pruning.capability import inner_groups, solve_rate, sub_model_at
     from pruning.extract import extract
     from wire.message import DataConfig, Instruction, Job, ModelConfig, TrainConfig

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from client_app.data import examples_of, load_images, partitions
+from client_app.model import build_model
 from fleet.clock import DurationModel
 from fleet.data import ImageData
 from fleet.fleet import make_fleet
@@ -41,7 +42,6 @@ from strategies.setting import DeploymentConfig, Progress, Setting
 from wire.check import Limits
 from wire.flat import ConfigError, to_flat
 from wire.message import Job
-from zoo import get_model
 
 MAY_DIFFER = (
     "num-rounds",
@@ -214,10 +214,7 @@ def make_model(config: Config, num_classes: int, shape: tuple[int, ...]) -> tupl
             f"config: data.name={name}: images are {shape[1]} x {shape[2]} pixels, and models are made for square "
             f"ones; append a size, such as data.name={name}@{min(shape[1:])}"
         )
-    options: dict[str, Any] = {} if config.run.model.width == 1 else {"width": config.run.model.width}
-    options |= {"exits": True} if config.run.model.exits else {}
-    options |= {"gates": True} if config.run.model.gates else {}
-    return get_model(config.run.model.name, num_classes, shape[0], shape[1], **options)
+    return build_model(config.run.model, num_classes, (shape[0], shape[1], shape[2]))
 
 
 def _run_row(config: Config, data_name: str, model: nn.Module) -> dict[str, Any]:

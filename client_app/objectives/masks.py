@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from client_app.batches import augmented, batches
 from client_app.meter import MemoryMeter
+from client_app.model import costs_by_spec
 from client_app.objectives.base import CostOf, Findings, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
 from client_app.objectives.gates import READERS, Gates, readers_of
 from pruning.capability import Training, groups_within, inner_groups, mask_phase_bytes, widths_at
-from pruning.cost import CostModel, measure_costs
+from pruning.cost import measure_costs
 from pruning.extract import narrow, resize, shapes_of
 from pruning.groups import Group, Layout
 from pruning.spec import FULL, SubModelSpec
@@ -75,7 +76,7 @@ def mask_learning(task: Task) -> Objective:
     task.model.to("meta")  # the device has room for one of the two
     inner = THEN[kind](replace(task, model=small, spec=learned.spec))
     shape = tuple(task.examples.x.shape[1:])
-    cost, phase_macs = _costs(task.full, task.layout, shape), mask_macs(task.full, task.layout, task.spec, shape)
+    cost, phase_macs = costs_by_spec(task.full, task.layout, shape), mask_macs(task.full, task.layout, task.spec, shape)
     num_trained = 0
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,11 +272,6 @@ def _restore(optimizer: torch.optim.Adam, memory: Mapping[str, object], gates: G
         device = gates.scores.device
         moments = {name: kept[name].to(device).clone() for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[gates.scores] = {"step": kept["step"].clone(), **moments}
-
-
-@lru_cache(maxsize=4)
-def _costs(full: nn.Module, layout: Layout, shape: tuple[int, ...]) -> CostModel:
-    return measure_costs(full, layout, torch.empty(2, *shape, device="meta"))
 
 
 @lru_cache(maxsize=64)

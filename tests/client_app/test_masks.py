@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from client_app.batches import batches, flip_shift
-from client_app.handler import handle, measured
+from client_app.handler import handle
+from client_app.model import measured
 from client_app.objectives import ObjectiveError, Task, make_objective
 from client_app.objectives.gates import GatedProduct, Gates, StraightThrough
 from client_app.objectives.masks import MaskPhase, choose_units, freeze, gated_groups, learn_mask, mask_peak_bytes
@@ -132,7 +133,8 @@ def test_drawing_the_mask_misses_the_rate_by_more_than_a_unit_and_keeps_one_at_l
 
 def task_for(instruction: Instruction) -> Task:
     from client_app.data import client_examples
-    from client_app.handler import full_model, load, sub_model
+    from client_app.handler import load
+    from client_app.model import full_model, sub_model
 
     train, _ = client_examples(instruction.job.data, 4, 0)
     blank, layout, _ = sub_model(instruction.job.model, 10, (1, 8, 8), instruction.spec)
