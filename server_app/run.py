@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
 import secrets
@@ -276,13 +275,3 @@ def _resume(config: Config, folder: Path) -> tuple[Progress, dict[str, Any], int
 
 def _where(log: EventLog) -> dict[str, Any]:
     return {"time_s": log.time_s, "num_rounds": log.server_round}
-
-
-def read_end(folder: Path) -> dict[str, Any]:
-    """The ``end`` row of a run's log; empty if it has none."""
-    last: dict[str, Any] = {}
-    with (folder / "events.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            last = row if row["event"] == "end" else last
-    return last
