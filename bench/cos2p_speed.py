@@ -22,7 +22,7 @@ from bench.common import finish, options, print_table, within
 from bench.step import stepper, take_turns
 from client_app.data import Examples
 from client_app.objectives import Task, make_objective
-from client_app.objectives.masks import MaskPhase, gated_groups, mask_macs
+from client_app.objectives.masks import MaskPhase, learnable_groups, mask_macs
 from pruning.capability import inner_groups, solve_rate, sub_model_at
 from pruning.cost import measure_costs
 from pruning.extract import resize
@@ -60,7 +60,7 @@ def weight_step(task: Task) -> Callable[[], float]:
 def mask_step(task: Task) -> Callable[[], float]:
     """One step of the mask phase; returns its CPU seconds."""
     assert task.examples is not None
-    phase = MaskPhase(task, gated_groups(task))
+    phase = MaskPhase(task, learnable_groups(task))
     x, y = task.examples.batch(slice(None))
 
     def step() -> float:
