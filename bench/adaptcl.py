@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, num_cores, print_table, seeds_of
+from bench.common import finish, print_table, seeds_of
 from bench.common import options as common_options
-from bench.runs import STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, read
+from bench.runs import STORES, Job, Keys, carry_out, has_cifar, load, over_seeds, read
+from server_app.processes import count_cores
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these; repeatable")
     parser.add_argument("--ablations", action="store_true", help="all ablations, not only the core methods")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=STORES / "adaptcl")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -235,20 +236,19 @@ def summarise(task: str, sigma: float, options: argparse.Namespace) -> dict[str,
     methods = [m for m in METHODS if any(Case(task, sigma, seed, m).path(options.store).exists() for seed in seeds)]
     rows = []
     for method in methods:
-        columns: dict[str, list[float]] = {}
+        by_seed = []
         for seed in seeds:
             cases = {m: Case(task, sigma, seed, m) for m in (method, "fedavg", "adaptcl")}
             if not all(case.path(options.store).exists() for case in cases.values()):
                 continue
             runs = {m: load(case.path(options.store)) for m, case in cases.items()}
-            for name, value in compare(runs[method], runs["fedavg"], runs["adaptcl"], TASKS[task].target).items():
-                columns.setdefault(name, []).append(value)
+            row = compare(runs[method], runs["fedavg"], runs["adaptcl"], TASKS[task].target)
             rival = Case(task, sigma, seed, RIVAL).path(options.store)
             if rival.exists():
                 time_s = runs["adaptcl"]["time_s"]
-                above = best_within(runs[method], time_s) - best_within(load(rival), time_s)
-                columns.setdefault(f"over {RIVAL}", []).append(above)
-        rows.append({"method": method} | {name: mean_and_spread(values) for name, values in columns.items()})
+                row[f"over {RIVAL}"] = best_within(runs[method], time_s) - best_within(load(rival), time_s)
+            by_seed.append(row)
+        rows.append({"method": method, **over_seeds(by_seed)})
     return {"task": task, "sigma": sigma, "seeds": options.seeds, "rows": rows}
 
 

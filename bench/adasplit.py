@@ -28,12 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import RESULTS, finish, num_cores, print_table, seeds_of
+from bench.common import RESULTS, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.mixed import has_data
 from bench.runs import STORES, Job, Keys, carry_out, load
 from reporting.c3 import TEMPERATURE, Spending, budgets_of, scores, spending_of
 from reporting.log import read_events
+from server_app.processes import count_cores
 from wire.flat import Scalar
 
 BENCHMARKS: dict[str, Keys] = {
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000, help="of a client (default 2000; the paper has 12,000)")
     parser.add_argument("--hours", type=float, default=6.0, help="no run is started after so long")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=STORES / "adasplit")
     chosen = parser.parse_args(arguments)
     chosen.part = chosen.part or ["compare", "ablations", "sweeps"]

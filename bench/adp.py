@@ -33,9 +33,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, num_cores, print_table, seeds_of
+from bench.common import finish, print_table, seeds_of
 from bench.common import options as common_options
-from bench.runs import STORES, Job, Keys, Task, carry_out, has_cifar, load, mean_and_spread, read
+from bench.runs import STORES, Job, Keys, Task, carry_out, has_cifar, load, over_seeds, read
+from server_app.processes import count_cores
 
 PARTITIONS = ("dirichlet:0.1", "dirichlet:0.5", "iid")
 DENSITIES = (1.0, 0.7, 0.5, 0.3)
@@ -140,7 +141,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=0, help="how many (default 3, quick 1)")
     parser.add_argument("--device", default="cpu", help="of the clients: cpu, cuda or auto (default cpu)")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=None, help=f"where runs are kept (default {STORES}/adp)")
     options = parser.parse_args(arguments)
     task = task_of(options)
@@ -227,14 +228,10 @@ def tabulate(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[s
     rows = []
     for name, by_seed in runs.items():
         unpruned = runs.get(PLAIN if name in GATELESS else UNPRUNED, {})
-        columns: dict[str, list[float | None]] = {}
         seeds = [seed for seed in by_seed if seed in unpruned]
-        for seed in seeds:
-            for column, value in compare(by_seed[seed], unpruned[seed], targets).items():
-                columns.setdefault(column, []).append(value)
-        if columns:
-            shown = {column: mean_and_spread(values) for column, values in columns.items()}
-            rows.append({"variant": name, "seeds": len(seeds), **shown})
+        if seeds:
+            columns = over_seeds(compare(by_seed[seed], unpruned[seed], targets) for seed in seeds)
+            rows.append({"variant": name, "seeds": len(seeds), **columns})
     return rows
 
 

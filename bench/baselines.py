@@ -27,12 +27,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, num_cores, print_table, seeds_of
+from bench.common import finish, print_table, seeds_of
 from bench.common import options as common_options
-from bench.runs import NUM_POINTS, STORES, Job, Keys, Task, carry_out, has_cifar, load, mean_and_spread, read
+from bench.runs import NUM_POINTS, STORES, Job, Keys, Task, carry_out, has_cifar, load, over_seeds, read
 from reporting.log import read_events
 from reporting.summary import summarise as summarise_log
 from server_app.config import parse
+from server_app.processes import count_cores
 from strategies import STRATEGIES
 
 FIRST = "fedavg"
@@ -148,7 +149,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=0, help="to train on (default: the task's)")
     parser.add_argument("--seeds", type=int, default=0, help="how many (default 3, quick 1)")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=None, help=f"where runs are kept (default {STORES}/baselines)")
     options = parser.parse_args(arguments)
     options.seeds = options.seeds or (1 if options.quick else 3)
@@ -228,20 +229,19 @@ def tabulate(task: Task, runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
     is_relative = min(best, default=0.0) < TARGETS[0]
     rows = []
     for name, by_seed in runs.items():
-        columns: dict[str, list[float | None]] = {}
+        found = []
         for seed, run in by_seed.items():
             if seed not in limits:
                 continue
             targets = [share * best[seeds.index(seed)] for share in SHARES] if is_relative else list(TARGETS)
             num_rounds = task.num_rounds * merges_a_round({**task.keys, **METHODS[name]})
-            for column, value in compare(run, num_rounds, limits[seed], targets, is_relative).items():
-                columns.setdefault(column, []).append(value)
+            row = compare(run, num_rounds, limits[seed], targets, is_relative)
             for rival in RIVALS:
                 if seed in at_time.get(rival, {}):
-                    columns.setdefault(f"over {rival}", []).append(at_time[name][seed] - at_time[rival][seed])
-        if columns:
-            shown = {column: mean_and_spread(values) for column, values in columns.items()}
-            rows.append({"method": name, "seeds": len(by_seed), **shown})
+                    row[f"over {rival}"] = at_time[name][seed] - at_time[rival][seed]
+            found.append(row)
+        if found:
+            rows.append({"method": name, "seeds": len(by_seed), **over_seeds(found)})
     return {
         "task": task.name,
         "clients": task.keys["num-clients"],

@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
 import platform
 import shlex
 import sys
@@ -20,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from server_app.processes import count_cores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTCOMES = RESULTS.with_name("outcomes")
@@ -45,17 +46,12 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {"versions": versions, "machine": f"{num_cores()} cores, {platform.machine()}"}
+    return {"versions": versions, "machine": f"{count_cores()} cores, {platform.machine()}"}
 
 
 def seeds_of(arguments: argparse.Namespace) -> range:
     """``--seeds`` of them from ``--seed`` on: machines can share a table's seeds."""
     return range(arguments.seed, arguments.seed + arguments.seeds)
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def finish(
@@ -95,7 +91,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     heads = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_shown(row.get(head)) for head in heads] for row in rows]
+    cells = [[shown(row.get(head)) for head in heads] for row in rows]
     widths = [max(len(head), *(len(line[i]) for line in cells)) for i, head in enumerate(heads)]
     print(f"\n{title}")
     for line in (heads, ["-" * width for width in widths], *cells):
@@ -103,7 +99,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         print("  ".join([line[0].ljust(len(first)), *rest]))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A cell's text."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, in_fresh_process, num_cores, peak_bytes, print_table, seeds_of
+from bench.common import finish, in_fresh_process, peak_bytes, print_table, seeds_of
 from bench.common import options as common_options
-from bench.runs import FOLDERS, STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, read
+from bench.runs import FOLDERS, STORES, Job, Keys, carry_out, has_cifar, load, mean_and_spread, over_seeds, read
 from reporting.summary import utilisation
+from server_app.processes import count_cores
 
 RATES = "1,0.75,0.5,0.25"
 MEMORY_MODEL, MEMORY_BATCH = "vit_tiny", 32
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="runs at once")
+    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--budget", type=float, default=1.0, help="times the virtual time of every task")
     parser.add_argument("--store", type=Path, default=STORES / "cos2p")
     options = parser.parse_args(arguments)
@@ -196,13 +197,12 @@ def summarise(task: str, options: argparse.Namespace) -> dict[str, Any]:
             runs[method] = found
     rows = []
     for method, same in runs.items():
-        columns: dict[str, list[float]] = {}
+        by_seed = []
         for index, run in enumerate(same):
             reference = runs.get("fedavg", runs[next(iter(runs))])
             target = 0.95 * at_time(reference[min(index, len(reference) - 1)], budget_s)["best"]
-            for name, value in figures(run, budget_s, target).items():
-                columns.setdefault(name, []).append(value)
-        rows.append({"method": method} | {name: mean_and_spread(values) for name, values in columns.items()})
+            by_seed.append(figures(run, budget_s, target))
+        rows.append({"method": method, **over_seeds(by_seed)})
     return {
         "task": task,
         "budget_s": budget_s,
@@ -306,7 +306,8 @@ def client_peak(model: str, rate: float, learns_masks: bool) -> dict[str, float]
 
     from bench.cos2p_scale import reset_peak
     from client_app.data import client_examples
-    from client_app.handler import build_model, full_model, handle, sub_model
+    from client_app.handler import handle
+    from client_app.model import build_model, full_model, sub_model
     from pruning.capability import inner_groups, solve_rate, sub_model_at
     from pruning.extract import extract
     from wire.message import DataConfig, Instruction, Job, ModelConfig, TrainConfig

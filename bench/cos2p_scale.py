@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
-from bench.common import CpuTimer, finish, in_fresh_process, num_cores, options, peak_bytes, print_table, settle, within
+from bench.common import CpuTimer, finish, in_fresh_process, options, peak_bytes, print_table, settle, within
 from client_app.handler import handle
 from reporting.summary import utilisation
+from server_app.processes import count_cores
 from wire.flat import Scalar
 from wire.message import Instruction, Report
 
@@ -185,7 +186,7 @@ def main() -> dict[str, Any]:
     """Run the benchmark."""
     parser = options("cos2p_scale", __doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
-    parser.add_argument("--workers", type=int, default=min(2, num_cores()), help="client processes at once")
+    parser.add_argument("--workers", type=int, default=min(2, count_cores()), help="client processes at once")
     parser.add_argument("--model", default="vit_115m", help="vit_115m or vit_86m")
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS, help="merges")
     parser.add_argument("--data-dir", help="folder with cifar10.npz; without it handwritten digits are used")

@@ -20,7 +20,7 @@ from bench.step import stepper
 from bench.turns import Step, take_turns, typical_s
 from client_app.data import Examples
 from client_app.objectives import Task, make_objective
-from client_app.objectives.masks import MaskPhase, gated_groups, mask_macs
+from client_app.objectives.masks import MaskPhase, learnable_groups, mask_macs
 from pruning.capability import inner_groups, solve_rate, sub_model_at
 from pruning.cost import measure_costs
 from pruning.extract import resize
@@ -56,7 +56,7 @@ def weight_step(task: Task) -> Step:
 def mask_step(task: Task) -> Step:
     """One step of the mask phase."""
     assert task.examples is not None
-    phase = MaskPhase(task, gated_groups(task))
+    phase = MaskPhase(task, learnable_groups(task))
     x, y = task.examples.batch(slice(None))
     return lambda: phase.step(x, y)
 

@@ -31,9 +31,10 @@ from strategies.base import SubModelStrategy
 from strategies.exchange import Transport
 from strategies.fedavg import FedAvg, FedAvgConfig
 from strategies.setting import Listener, Progress, Setting
-from wire.grid import partition_record, record_to_instruction, report_to_record
+from wire.grid import record_to_instruction, report_to_record
 from wire.local import LocalTransport
 from wire.message import DataConfig, Instruction, Job, ModelConfig, Report, TrainConfig
+from wire.roster import partition_record
 
 CPU_BOUND_MS = 0.5
 Keep = Callable[[Progress, dict[str, Any]], None]

@@ -59,12 +59,6 @@ def why_not() -> str:
         return str(error)
 
 
-def has_netem() -> bool:
-    """Whether links can have delay and loss here."""
-    probe = "ip link add t0 type veth peer name t1 && tc qdisc add dev t0 root netem delay 1ms"
-    return subprocess.run(["unshare", "-n", "sh", "-c", probe], capture_output=True, check=False).returncode == 0
-
-
 @contextmanager
 def hosts(wanted: Sequence[Host], name: str) -> Iterator[list[list[str]]]:
     """Make hosts on a hub and yield, for the hub and then for each host, the words that put a command onto it.

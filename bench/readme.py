@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.common import RESULTS
+from bench.common import RESULTS, shown
 
 ROOT = RESULTS.parents[1]
 README, ALL = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
@@ -253,13 +253,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = list(dict.fromkeys(key for row in rows for key in row))
     lines = [heads, ["---"] * len(heads), *([shown(row.get(head)) for head in heads] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def shown(value: Any) -> str:
-    """A cell's text."""
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

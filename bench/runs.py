@@ -223,6 +223,15 @@ def load(path: Path) -> dict[str, Any]:
     return kept
 
 
+def over_seeds(rows: Iterable[Mapping[str, float | None]]) -> dict[str, str]:
+    """Column -> its mean and spread over rows, one for each seed; {} where there is no row."""
+    columns: dict[str, list[float | None]] = {}
+    for row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return {name: mean_and_spread(values) for name, values in columns.items()}
+
+
 def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
     """``0.631 ± 0.012`` over seeds; who did not get there is None or infinite, and counted; NaN: no such figure."""
     values = [value for value in values if value is None or not math.isnan(value)]

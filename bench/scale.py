@@ -35,7 +35,6 @@ from wire.message import Instruction, Report
 from zoo import get_model
 
 EXAMPLES_PER_CLIENT = 6
-NUM_CLASSES = 10
 
 
 def noisy_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench.common import finish, num_cores, options, print_table
+from bench.common import finish, options, print_table
 from bench.hosts import Federation, rows_of
 from bench.netns import Host, hosts, why_not
 from bench.runs import STORES, Keys, has_cifar
@@ -42,6 +42,7 @@ from reporting.summary import summarise
 from server_app.checkpoint import load_checkpoint
 from server_app.config import parse
 from server_app.evaluation import CentralEvaluator
+from server_app.processes import count_cores
 from server_app.run import make_model
 from server_app.run import run as run_virtual
 from wire.local import LocalTransport
@@ -185,7 +186,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--nodes", type=int, default=4, help="hosts (default 4)")
     parser.add_argument("--rounds", type=int, default=10, help="of every run (default 10)")
     parser.add_argument("--images", type=int, default=2000, help="of CIFAR-10 on every host (default 2000)")
-    parser.add_argument("--cores", type=float, default=0.75 * num_cores(), help="cores that all quotas share")
+    parser.add_argument("--cores", type=float, default=0.75 * count_cores(), help="cores that all quotas share")
     parser.add_argument("--run", action="append", choices=list(RUNS), help="only these besides fedavg and adaptcl")
     parser.add_argument("--data-dir", default="data", help="folder with cifar10.npz or torchvision's files")
     parser.add_argument("--store", type=Path, default=STORES / "testbed")

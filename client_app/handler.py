@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +15,19 @@ from torch.nn import functional
 from client_app.batches import augmented, local_batches
 from client_app.data import Examples, job_examples
 from client_app.meter import MemoryMeter
+from client_app.model import build_model, costs_of, filled, full_model, price, sub_model
 from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, needed_bytes
 from client_app.site import NOWHERE, Site
 from client_app.store import ClientStore
 from pruning.capability import Training
 from pruning.compress import sparsify
-from pruning.cost import Cost, CostModel, measure_costs
-from pruning.extract import embed, extract, narrow, resize, shapes_of
+from pruning.cost import Cost
+from pruning.extract import embed, extract, narrow, shapes_of
 from pruning.groups import Layout
-from pruning.spec import FULL, SubModelSpec
-from wire.message import Instruction, Job, ModelConfig, Report, State, TrainConfig
+from pruning.spec import SubModelSpec
+from wire.message import Instruction, Job, Report, State, TrainConfig
 from wire.training import learning_rate, make_optimizer, optimizer_slots
-from zoo import get_model, model_names
 
-META = torch.device("meta")
 NO_CHANCE = -1e4
 """Logit of a class that cannot be the answer; finite, so that a loss stays a number."""
 
@@ -150,71 +148,14 @@ def _train(
     )
 
 
-def build_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, int]) -> tuple[nn.Module, Layout]:
-    """The full model with fresh weights, and its layout."""
-    options: dict[str, Any] = {} if config.width == 1 else {"width": config.width}
-    options |= {"exits": True} if config.exits else {}
-    options |= {"gates": True} if config.gates else {}
-    return get_model(config.name, num_classes, shape[0], shape[1], **options)
-
-
-@lru_cache(maxsize=4)
-def full_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, int]) -> tuple[nn.Module, Layout]:
-    """The full model without storage, and its layout."""
-    build = partial(build_model, config, num_classes, shape)
-    if config.name not in model_names():  # a layout is traced on real tensors
-        model, layout = build()
-        return model.to(META), layout
-    with META:
-        return build()
-
-
-@lru_cache(maxsize=64)
-def sub_model(
-    config: ModelConfig, num_classes: int, shape: tuple[int, int, int], spec: SubModelSpec
-) -> tuple[nn.Module, Layout, Cost]:
-    """The sub-model of ``spec`` without storage, the full layout, and what it costs."""
-    full, layout = full_model(config, num_classes, shape)
-    small = resize(full, layout, spec) if spec != FULL else full
-    return small, layout, costs_of(config, num_classes, shape, spec).of(FULL)
-
-
-@lru_cache(maxsize=64)
-def costs_of(config: ModelConfig, num_classes: int, shape: tuple[int, int, int], spec: SubModelSpec) -> CostModel:
-    """Costs of the sub-model of ``spec``, as a whole."""
-    full, layout = full_model(config, num_classes, shape)
-    return measured(resize(full, layout, spec) if spec != FULL else full, shape)
-
-
-def price(model: nn.Module, shape: tuple[int, int, int]) -> Cost:
-    """What a model without storage costs."""
-    return measured(model, shape).of(FULL)
-
-
-def measured(model: nn.Module, shape: tuple[int, int, int]) -> CostModel:
-    """Costs of a model without storage as a whole, from one forward pass of an image of zeros.
-
-    On real memory: the first pass on ``meta`` loads PyTorch's compiler, 1.4 s and 70 MB in every fresh process.
-    """
-    zeros = {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in model.state_dict().items()}
-    return measure_costs(filled(model, zeros), Layout(()), torch.zeros(1, *shape))
-
-
 def load(model: nn.Module, instruction: Instruction, device: torch.device) -> nn.Module:
     """A copy of a model without storage, holding the weights that were received; the rest stays without storage."""
+    known = model.state_dict()
+    unknown = [key for key in instruction.state if key not in known]
+    if unknown:
+        raise TrainingError(f"instruction: the model has no entries {unknown}")
     owned = {key: tensor.to(device, copy=True) for key, tensor in instruction.state.items()}
     return filled(model, owned, is_partial=instruction.is_partial)
-
-
-def filled(model: nn.Module, state: State, is_partial: bool = False) -> nn.Module:
-    """A copy of a model without storage whose entries are the tensors of ``state``; all of them unless partial."""
-    loaded = copy.deepcopy(model)
-    lacking = loaded.load_state_dict(state, strict=not is_partial, assign=True)
-    if lacking.unexpected_keys:
-        raise TrainingError(f"instruction: the model has no entries {lacking.unexpected_keys}")
-    for parameter in loaded.parameters():
-        parameter.requires_grad_(True)
-    return loaded
 
 
 def fit(task: Task, objective: Objective, train: Examples) -> Fitted:

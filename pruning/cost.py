@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from torch import Tensor, nn
 from pruning.groups import Axis, Group, Layout
 from pruning.ops import Saved, trace_ops
 from pruning.spec import SubModelSpec
-
-Measure = Literal["parameters", "prunable", "macs", "bytes"]
-MEASURES: tuple[str, ...] = ("parameters", "prunable", "macs", "bytes")
 
 
 @dataclass(frozen=True)

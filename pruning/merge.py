@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.extract import Selection, State, StateError, check_state, relative, selection, shapes_of
+from pruning.extract import Selection, State, check_state, relative, selection, shapes_of
 from pruning.groups import Layout
 from pruning.rows import Kept, add_at, gather
 from pruning.spec import SubModelSpec
@@ -277,16 +277,3 @@ def _outer_sum(amounts: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
     letters = "abcdefgh"[: len(masks)]
     terms = ",".join(f"s{letter}" for letter in letters)
     return np.einsum(f"s,{terms}->{letters}", amounts, *masks, optimize=True)
-
-
-__all__ = [
-    "AggregateResult",
-    "MaskedMean",
-    "MergeError",
-    "MergeRule",
-    "StateError",
-    "coverage_mean",
-    "everybody_mean",
-    "holders_mean",
-    "residual_mean",
-]

@@ -6,13 +6,13 @@ with a weight are recognised by the memory the weight lies in, products of two a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pruning.watch import OperatorWatch, memory_of
 
 NORMS = ("native_batch_norm", "cudnn_batch_norm", "native_group_norm", "native_layer_norm")
 KEEPS_INPUT = ("gelu", "silu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "max_pool2d_with_indices")
@@ -94,18 +94,13 @@ def trace_ops(model: nn.Module, example: Tensor) -> Trace:
     return watch.trace
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(OperatorWatch):
     """Notes the operators that are called while it is active."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; True, newer versions' default, loads the compiler: 2 s and 80 MB a process."""
-        return False
 
     def __init__(self, model: nn.Module, batch: int) -> None:
         super().__init__()
         self.trace, self.paths, self._batch = Trace(), [""], batch
-        self._keys = {_memory(p): (key, p.shape) for key, p in model.named_parameters(remove_duplicate=False)}
+        self._keys = {memory_of(p): (key, p.shape) for key, p in model.named_parameters(remove_duplicate=False)}
         self._kept: dict[int, tuple[Tensor, int]] = {}
         self._last: tuple[str, int] | None = None
 
@@ -113,11 +108,7 @@ class _Watch(TorchDispatchMode):
         """The innermost module is done."""
         self.paths.pop()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__
+    def note(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         if name in ("convolution", "_convolution"):
             x, weight = args[:2]
             mapped = x if args[6] else result  # a transposed convolution has a product for every input position
@@ -133,18 +124,17 @@ class _Watch(TorchDispatchMode):
             self._note_product(q, v, num_pairs * v.shape[-1])
         elif name in NORMS:
             weight = args[2] if name == "native_layer_norm" else args[1]
-            if isinstance(weight, Tensor) and _memory(weight) in self._keys:
-                self._last = (self._keys[_memory(weight)][0], 0)
+            if isinstance(weight, Tensor) and memory_of(weight) in self._keys:
+                self._last = (self._keys[memory_of(weight)][0], 0)
                 self._keep(args[0], *self._last)
         elif name in KEEPS_INPUT + KEEPS_OUTPUT and self._last is not None:
             self._keep(args[0] if name in KEEPS_INPUT else result, *self._last)
             if name == "max_pool2d_with_indices":
                 self._keep(result[1], *self._last)
-        return result
 
     def _note_product(self, a: Tensor, b: Tensor, macs: float) -> None:
         for x, weight in ((a, b), (b, a)):
-            if _memory(weight) in self._keys:
+            if memory_of(weight) in self._keys:
                 self._note_weighted(x, weight, macs)
                 return
         macs /= self._batch
@@ -154,9 +144,9 @@ class _Watch(TorchDispatchMode):
                 self._keep(x, *self._last)
 
     def _note_weighted(self, x: Tensor, weight: Tensor, macs: float, is_linear: bool = True) -> None:
-        if _memory(weight) not in self._keys:
+        if memory_of(weight) not in self._keys:
             return
-        key, shape = self._keys[_memory(weight)]
+        key, shape = self._keys[memory_of(weight)]
         macs /= self._batch
         self.trace.products.append(
             Product(key, self.paths[-1], macs, macs * (1 + x.requires_grad + weight.requires_grad))
@@ -164,20 +154,15 @@ class _Watch(TorchDispatchMode):
         dim = 1 if len(shape) > 1 and shape[1] > 1 else 0
         self._keep(x, key, dim, for_weight=is_linear)
         copy = Saved(key, dim, x.numel() * x.element_size() / self._batch)
-        self.trace.read[key] = (copy, self._kept[_memory(x)][1])
+        self.trace.read[key] = (copy, self._kept[memory_of(x)][1])
         self._last = (key, 0)
 
     def _keep(self, tensor: Tensor, key: str, dim: int, for_weight: bool = False) -> None:
         """Note a tensor kept for the backward pass; each stretch of memory once."""
-        memory, saved = _memory(tensor), self.trace.saved
+        memory, saved = memory_of(tensor), self.trace.saved
         if memory not in self._kept and memory not in self._keys:
             self._kept[memory] = (tensor, len(saved))  # held on to, so that no other tensor can take its place
             saved.append(Saved(key, dim, tensor.untyped_storage().nbytes() / self._batch, for_weight))
         elif memory in self._kept and not for_weight:
             index = self._kept[memory][1]
             saved[index] = replace(saved[index], for_weight=False)
-
-
-def _memory(tensor: Tensor) -> int:
-    """Identity of the memory a tensor lies in, also where there is none (on ``meta``)."""
-    return int(tensor.untyped_storage()._cdata)

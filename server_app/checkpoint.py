@@ -15,8 +15,8 @@ from strategies.exchange import Arrival, Entry
 from strategies.setting import Progress
 from strategies.shelf import ShelvedState
 from wire.files import save
-from wire.grid import spec_from_json, spec_to_json
 from wire.message import Failure, Report
+from wire.spec import spec_from_json, spec_to_json
 
 FORMAT = 3
 SCALARS = ("server_round", "global_version", "now_s", "next_dispatch", "num_merged")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from client_app.data import OWN
+from client_app.model import model_options
 from fleet.clock import DurationModel
 from fleet.data import check_data
 from fleet.fleet import make_fleet
@@ -28,7 +28,7 @@ def check_start(config: Config) -> None:
     """
     run = config.run
     make_durations(config)
-    check_model(run.model.name, **model_options(config))
+    check_model(run.model.name, **model_options(run.model))
     check_data(run.data.name, run.data.dir, run.data.download)
     if run.data.partition != OWN:
         read_scheme(run.data.partition)
@@ -46,11 +46,3 @@ def make_durations(config: Config) -> DurationModel | None:
         return None
     devices = make_fleet(fleet.name, config.run.num_clients, seed=seed, drop_out_ratio=fleet.drop_out_ratio or None)
     return DurationModel(devices, seed=seed, noise=fleet.noise)
-
-
-def model_options(config: Config) -> dict[str, Any]:
-    """The options that the run's model is asked for with."""
-    model = config.run.model
-    options: dict[str, Any] = {} if model.width == 1 else {"width": model.width}
-    options |= {"exits": True} if model.exits else {}
-    return options | ({"gates": True} if model.gates else {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
 import secrets
@@ -20,6 +19,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from client_app.data import examples_of, load_images, partitions
+from client_app.model import build_model
 from fleet.clock import DurationModel
 from fleet.data import ImageData
 from fleet.partition import label_counts
@@ -32,7 +32,7 @@ from server_app.checkpoint import save_checkpoint
 from server_app.config import Config, as_toml
 from server_app.evaluation import CentralEvaluator
 from server_app.event_log import EventLog
-from server_app.precheck import make_durations, model_options
+from server_app.precheck import make_durations
 from server_app.resume import CONFIG, LINEAGE, take_over
 from strategies import STRATEGIES
 from strategies.base import SubModelStrategy
@@ -40,7 +40,6 @@ from strategies.exchange import Transport
 from strategies.setting import Progress, Setting
 from wire.flat import ConfigError
 from wire.message import Job
-from zoo import get_model
 
 
 class RunFolderError(ValueError):
@@ -184,7 +183,7 @@ def make_model(config: Config, num_classes: int, shape: tuple[int, ...]) -> tupl
             f"config: data.name={name}: images are {shape[1]} x {shape[2]} pixels, and models are made for square "
             f"ones; append a size, such as data.name={name}@{min(shape[1:])}"
         )
-    return get_model(config.run.model.name, num_classes, shape[0], shape[1], **model_options(config))
+    return build_model(config.run.model, num_classes, (shape[0], shape[1], shape[2]))
 
 
 def _run_row(config: Config, data_name: str, model: nn.Module) -> dict[str, Any]:
@@ -221,13 +220,3 @@ def _clients(counts: np.ndarray, durations: DurationModel | None) -> list[dict[s
 
 def _where(log: EventLog) -> dict[str, Any]:
     return {"time_s": log.time_s, "num_rounds": log.server_round}
-
-
-def read_end(folder: Path) -> dict[str, Any]:
-    """The ``end`` row of a run's log; empty if it has none."""
-    last: dict[str, Any] = {}
-    with (folder / "events.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            last = row if row["event"] == "end" else last
-    return last

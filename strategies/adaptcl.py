@@ -26,8 +26,8 @@ from strategies.base import SubModelStrategy
 from strategies.exchange import Arrival
 from strategies.setting import Order
 from wire.flat import require, require_choice
-from wire.grid import spec_to_json
 from wire.message import Report
+from wire.spec import spec_to_json
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ from strategies.gate_rows import GateRows, check_evidence, plan_row, slower_gate
 from strategies.idle import changed
 from strategies.setting import Order
 from wire.flat import ConfigError, Scalar, refuse, require, require_choice
-from wire.grid import spec_from_json, spec_to_json
 from wire.message import Report
+from wire.spec import spec_from_json, spec_to_json
 
 
 @dataclass(frozen=True)

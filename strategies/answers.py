@@ -12,7 +12,9 @@ from pruning.cost import CostModel
 from pruning.groups import Layout
 from pruning.merge import AggregateResult, is_finite
 from pruning.spec import SubModelSpec
+from pruning.tally import extremes
 from strategies.exchange import Arrival
+from strategies.setting import Progress
 from wire.message import Report, State, payload_bytes
 
 ADDED = (
@@ -175,24 +177,20 @@ def combined_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def merge_row(
-    merged: AggregateResult,
-    to_date: tuple[dict[str, float], dict[str, float]],
-    server_round: int,
-    global_version: int,
-    time_s: float,
-    cpu_s: float,
+    merged: AggregateResult, progress: Progress, server_round: int, time_s: float, cpu_s: float
 ) -> dict[str, Any]:
-    """What the event log keeps of one merge; ``to_date`` is the coverage of all merges so far (``pruning.tally``)."""
+    """What the event log keeps of one merge, and of the coverage of all merges so far, of which it is the last."""
+    coverage_least, coverage_most = extremes(progress.holders, progress.num_merged)
     return {
         "event": "merge",
         "server_round": server_round,
-        "global_version": global_version,
+        "global_version": progress.global_version,
         "time_s": time_s,
         "num_merged": merged.num_merged,
         "n_star": merged.n_star,
         "uncovered_ratio": merged.uncovered_ratio,
         "coverage": {key: mean / merged.num_merged for key, mean in merged.mean_holders().items()},
-        "coverage_least": to_date[0],
-        "coverage_most": to_date[1],
+        "coverage_least": coverage_least,
+        "coverage_most": coverage_most,
         "merge_cpu_s": cpu_s,
     }

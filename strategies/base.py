@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from pruning.extract import extract
 from pruning.merge import MaskedMean, is_finite
 from pruning.spec import SubModelSpec
-from pruning.tally import add_holders, extremes
+from pruning.tally import add_holders
 from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row, rebase
 from strategies.asking import choose
 from strategies.client_tests import EVALUATION_DISPATCH, ask_tests
@@ -39,6 +40,7 @@ from strategies.versions import VersionStore
 from wire.flat import refuse
 from wire.message import Failure, Instruction
 
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +74,7 @@ class SubModelStrategy(Hooks, Strategy):
             self.loop = in_force(setting.loop, self.name, config, setting.job.num_clients)
         self.seed = setting.job.seed
         self.progress = Progress({})
-        self._num_merged = 0
+        self._round_began_s, self._num_merged = 0.0, 0
         self._kept = KeptDispatches(setting.keep_checkpoints)
         self._extracts = Extracts(setting.layout)
         self._versions: VersionStore | None = None
@@ -87,7 +89,7 @@ class SubModelStrategy(Hooks, Strategy):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: Evaluate | None = None,
     ) -> Result:
         """Run until round ``num_rounds`` and return Flower's result. ``grid`` may be any transport.
 
@@ -165,35 +167,47 @@ class SubModelStrategy(Hooks, Strategy):
 
     def _round(self, exchange: Exchange, server_round: int) -> int | None:
         """One round: ask, collect, merge. Returns the number of answers merged; None if the method asked nobody."""
-        progress = self.progress
-        start_s = exchange.now_s
+        self._round_began_s, self._num_merged = exchange.now_s, 0
         self._extracts.clear()
-        self._num_merged = 0
-        clients = choose(self.loop, exchange, progress.clocks, (self.seed, server_round), self.takes_part)
+        clients = choose(self.loop, exchange, self.progress.clocks, (self.seed, server_round), self.takes_part)
         orders = self.plan(server_round, clients)
         if clients and not orders and not exchange.busy():
             return None
-        mean = self.setting.robust.make_mean(progress.state, self.layout)
+        mean = self.setting.robust.make_mean(self.progress.state, self.layout)
+        rows, cpu_s = self._collect(exchange, server_round, orders, mean)
+        for row in rows:
+            self.listen({"event": "arrival", "server_round": server_round, **row})
+        return self._make_version(exchange, server_round, mean, cpu_s)
+
+    def _collect(
+        self, exchange: Exchange, server_round: int, orders: dict[int, Order], mean: MaskedMean
+    ) -> tuple[list[dict[str, Any]], float]:
+        """Send the orders and those that follow them up, and take answers until the round closes.
+
+        Returns rows of the event log in the order of arrival, and the CPU seconds that taking the answers took.
+        """
         taken: dict[int, list[dict[str, Any]]] = {}
-        cpu_s, is_open = 0.0, True
-        while is_open:
+        asked_once = self.loop.ask == "on-arrival"  # then a client's answers are independent of each other
+        cpu_s = 0.0
+        while True:
             for partition_id, order in orders.items():
                 self._dispatch(exchange, server_round, partition_id, order)
-            for arrival in self._arrivals(exchange, start_s):
+            for arrival in self._arrivals(exchange):
                 began = time.process_time()
-                num_before = self._num_merged
-                asked_once = self.loop.ask == "on-arrival"  # then a client's answers are independent of each other
-                key = arrival.entry.dispatch if asked_once else arrival.entry.partition_id
-                taken.setdefault(key, []).append(self._take(arrival, mean))
+                row = self._take(arrival, mean)
+                taken.setdefault(arrival.entry.dispatch if asked_once else arrival.entry.partition_id, []).append(row)
                 cpu_s += time.process_time() - began
-                if asked_once and self._num_merged > num_before and not self._is_closed(exchange, start_s):
+                if asked_once and row["status"] == "merged" and not self._is_closed(exchange):
                     self._refill(exchange, server_round)
-            exchange.advance_to(max((row["finish_s"] for rows in taken.values() for row in rows[-1:]), default=start_s))
+            exchange.advance_to(max((rows[-1]["finish_s"] for rows in taken.values()), default=self._round_began_s))
             orders = self.follow_up(server_round)
-            is_open = bool(orders)
-        for row in sorted(map(combined_row, taken.values()), key=lambda row: (row["finish_s"], row["partition_id"])):
-            self.listen({"event": "arrival", "server_round": server_round, **row})
-        began = time.process_time()
+            if not orders:
+                rows = map(combined_row, taken.values())
+                return sorted(rows, key=lambda row: (row["finish_s"], row["partition_id"])), cpu_s
+
+    def _make_version(self, exchange: Exchange, server_round: int, mean: MaskedMean, cpu_s: float) -> int:
+        """Merge what was taken, in ``cpu_s``, into the next global version; returns the number of answers merged."""
+        progress, began = self.progress, time.process_time()
         merged = self.merge(mean) if self._num_merged else None
         if merged is not None and not all(map(is_finite, merged.state.values())):
             self.warn(server_round, "the merge overflowed to infinity and was discarded; lower the learning rate")
@@ -206,8 +220,7 @@ class SubModelStrategy(Hooks, Strategy):
         progress.num_merged += merged.num_merged
         progress.holders = add_holders(progress.holders, merged.holders)
         cpu_s += time.process_time() - began
-        to_date = extremes(progress.holders, progress.num_merged)
-        self.listen(merge_row(merged, to_date, server_round, progress.global_version, exchange.now_s, cpu_s))
+        self.listen(merge_row(merged, progress, server_round, exchange.now_s, cpu_s))
         return self._num_merged
 
     def _refill(self, exchange: Exchange, server_round: int) -> None:
@@ -262,14 +275,14 @@ class SubModelStrategy(Hooks, Strategy):
         """The tensors of ``spec`` as the global model has them now; nobody may change them."""
         return self._extracts.get(self.progress.state, spec)
 
-    def _arrivals(self, exchange: Exchange, start_s: float) -> Iterable[Arrival]:
+    def _arrivals(self, exchange: Exchange) -> Iterable[Arrival]:
         """Yield answers until the round closes."""
         if self.loop.is_barrier:
             while (arrival := exchange.next_in_dispatch_order()) is not None:
                 yield arrival
             return
-        deadline_s = self._deadline_s(start_s)
-        while not self._is_closed(exchange, start_s):
+        deadline_s = self.loop.deadline_of(self._round_began_s)
+        while not self._is_closed(exchange):
             arrival = exchange.next_arrival(deadline_s)
             if arrival is None and math.isfinite(deadline_s):
                 exchange.advance_to(deadline_s)
@@ -279,25 +292,18 @@ class SubModelStrategy(Hooks, Strategy):
                 return
             yield arrival
 
-    def _deadline_s(self, start_s: float) -> float:
-        return start_s + self.loop.deadline_s if self.loop.deadline_s else math.inf
-
-    def _is_closed(self, exchange: Exchange, start_s: float) -> bool:
-        """Whether a round that began at ``start_s`` has what it waited for."""
-        if 0 < self.loop.quorum <= self._num_merged:
-            return True
-        return self._num_merged > 0 and exchange.now_s >= self._deadline_s(start_s)
+    def _is_closed(self, exchange: Exchange) -> bool:
+        return self.loop.is_closed(self._num_merged, self._round_began_s, exchange.now_s)
 
     def _take(self, arrival: Arrival, mean: MaskedMean) -> dict[str, Any]:
         """Check one answer, observe and weigh it, add it to the merge; returns its row of the event log."""
         entry, answer = arrival.entry, arrival.answer
         staleness = self.progress.global_version - entry.global_version
+        row = partial(arrival_row, arrival, self.cost, staleness)
         if isinstance(answer, Failure):
-            return arrival_row(arrival, self.cost, staleness, "failed", answer.reason)
+            return row("failed", answer.reason)
         if self.loop.is_too_old(staleness):
-            return arrival_row(
-                arrival, self.cost, staleness, "late", f"{staleness} versions old, {self.loop.max_staleness} allowed"
-            )
+            return row("late", f"{staleness} versions old, {self.loop.max_staleness} allowed")
         try:
             held = check_narrowed(answer, entry.spec, self.layout)
             now = self.present(held)
@@ -310,13 +316,13 @@ class SubModelStrategy(Hooks, Strategy):
             report = rebase(report, now, self.loop.step_scale(staleness))
             self.add(mean, entry, report, staleness)
         except ValueError as error:
-            return arrival_row(arrival, self.cost, staleness, "rejected", str(error))
+            return row("rejected", str(error))
         self.observe(arrival, report)
         self._num_merged += 1
         self.progress.mean_square = mean_square
         self.progress.clocks[entry.partition_id] = self.progress.clocks.get(entry.partition_id, 0) + 1
         self.progress.last_dispatch[entry.partition_id] = entry.dispatch
-        return arrival_row(arrival, self.cost, staleness, "merged", "")
+        return row("merged", "")
 
     def sent_state(self, entry: Entry, spec: SubModelSpec | None = None) -> dict[str, torch.Tensor]:
         """What a client was sent, or a part of it; of an older model as it lies on disk. Needs ``needs_versions``.
@@ -337,13 +343,7 @@ class SubModelStrategy(Hooks, Strategy):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def _evaluate(
-        self,
-        exchange: Exchange,
-        server_round: int,
-        result: Result,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-    ) -> None:
+    def _evaluate(self, exchange: Exchange, server_round: int, result: Result, evaluate_fn: Evaluate | None) -> None:
         progress = self.progress
         where = {"server_round": server_round, "global_version": progress.global_version, "time_s": exchange.now_s}
         if self.setting.evaluate is not None and self.has_global_model:

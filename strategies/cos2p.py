@@ -39,8 +39,8 @@ from strategies.exchange import Arrival, Entry
 from strategies.idle import changed, idle_settings
 from strategies.setting import Order
 from wire.flat import Scalar, refuse, require, require_choice
-from wire.grid import spec_from_json, spec_to_json
 from wire.message import Report
+from wire.spec import spec_from_json, spec_to_json
 
 OF_MASKS = ("mask-receptions", "mask-epochs", "mask-learning-rate", "mask-penalty", "mask-select")
 OF_TEACHING = ("temperature", "kd-weight", "kd-start")

@@ -16,7 +16,7 @@ from strategies.base import SubModelStrategy
 from strategies.levels import check_levels, level_of, prefix_family, prefix_levels, read_ratios
 from strategies.setting import Order
 from wire.flat import Scalar, require
-from wire.grid import spec_to_json
+from wire.spec import spec_to_json
 
 
 @dataclass(frozen=True)

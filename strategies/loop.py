@@ -6,6 +6,7 @@ every sub-model method: ``strategy=heterofl loop.preset=fedbuff``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -59,9 +60,9 @@ class LoopConfig:
     def __post_init__(self) -> None:
         """Check every range."""
         for key in ("clients_per_round", "concurrency", "quorum", "deadline_s", "compensation"):
-            require(getattr(self, key) >= 0, key.replace("_", "-"), getattr(self, key), ">= 0")
+            require(getattr(self, key) >= 0, kebab(key), getattr(self, key), ">= 0")
         for key in ("max_lead", "max_staleness"):
-            require(getattr(self, key) >= -1, key.replace("_", "-"), getattr(self, key), ">= 0, or -1 for no bound")
+            require(getattr(self, key) >= -1, kebab(key), getattr(self, key), ">= 0, or -1 for no bound")
         require(self.mixing_rate > 0, "mixing-rate", self.mixing_rate, "> 0")
         require(0 <= self.compensation_momentum < 1, "compensation-momentum", self.compensation_momentum, "in [0, 1)")
         require(self.max_empty_rounds >= 1, "max-empty-rounds", self.max_empty_rounds, ">= 1")
@@ -144,6 +145,14 @@ class LoopConfig:
     def is_barrier(self) -> bool:
         """Whether every round waits for everybody it asked."""
         return self.quorum == 0 and self.deadline_s == 0
+
+    def deadline_of(self, start_s: float) -> float:
+        """When a round that began at ``start_s`` closes, if something has arrived by then; infinite for never."""
+        return start_s + self.deadline_s if self.deadline_s else math.inf
+
+    def is_closed(self, num_merged: int, start_s: float, now_s: float) -> bool:
+        """Whether a round that began at ``start_s`` has what it waited for; a barrier's closes by itself."""
+        return 0 < self.quorum <= num_merged or (num_merged > 0 and now_s >= self.deadline_of(start_s))
 
     def is_too_old(self, staleness: int) -> bool:
         """Whether an answer of this staleness is dropped."""

@@ -14,7 +14,7 @@ from pruning.cost import CostModel
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from strategies.exchange import Arrival
-from strategies.loop import LoopConfig, staleness_weight
+from strategies.loop import LoopConfig
 from strategies.robust import RobustConfig
 from wire.check import LIMITS, Limits
 from wire.flat import Scalar, require
@@ -144,6 +144,3 @@ class Progress:
     mean_square: dict[str, torch.Tensor] = field(default_factory=dict)
     num_merged: int = 0
     holders: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-__all__ = ["Evaluator", "Listener", "LoopConfig", "Order", "Progress", "Setting", "staleness_weight"]

@@ -95,6 +95,30 @@ def test_flower_is_imported_at_the_edges_only() -> None:
     assert {file for file, _, name in rows if name == "flwr"} <= FLOWER_FILES
 
 
+def list_loaded(start: str) -> list[str]:
+    """Files of the project that importing the module ``start`` loads, itself and what lies in functions included."""
+    found: list[str] = []
+    waiting = [start]
+    while waiting:
+        parts = waiting.pop().split(".")
+        paths = [Path(*parts[:number], "__init__.py") for number in range(1, len(parts) + 1)]
+        for file in map(str, [*paths, Path(*parts).with_suffix(".py")]):
+            if file in found or not (REPOSITORY / file).exists():
+                continue
+            found.append(file)
+            tree = ast.parse((REPOSITORY / file).read_text(encoding="utf-8"), file)
+            waiting += [name for _, name in find_imports(tree, Path(file).parent.parts)]
+            nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            waiting += [f"{node.module}.{alias.name}" for node in nodes for alias in node.names]
+    return found
+
+
+def test_a_client_trains_without_flower() -> None:
+    loaded = list_loaded("client_app.handler")
+    assert "client_app/objectives/nested.py" in loaded
+    assert [file for file in loaded for _, _, name in list_imports(file) if name == "flwr"] == []
+
+
 def test_every_package_of_the_project_is_in_the_table() -> None:
     packages = {file.parent.name for file in REPOSITORY.glob("*/__init__.py")}
     assert packages <= OURS

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from pruning.spec import FULL, SubModelSpec
+from pruning.spec import FULL
 from wire.check import LIMITS, MAX_METRICS, MAX_NAME, Limits, WireError, check_head, to_tensor
 from wire.flat import from_flat, to_flat
 from wire.message import Failure, Instruction, Job, Report
 from wire.pack import Index, pack, unpack
-from wire.roster import HEAD, Roster, partition_record, push
+from wire.roster import HEAD, Roster, push
+from wire.spec import spec_from_json, spec_to_json
 
 STATE, COMPANIONS, METRICS = "state", "companions", "metrics"
 BLOCK, INDEX = "block", "index"
@@ -32,30 +32,6 @@ class NoClientsError(RuntimeError):
 
 
 # --- records --------------------------------------------------------------------------------------------------------
-
-
-def spec_to_json(spec: SubModelSpec | None) -> str:
-    """A spec as JSON: per group a bitmap in hexadecimal, as long as the highest kept unit."""
-    if spec is None:
-        return ""
-    kept = {}
-    for name, units in spec.arrays.items():
-        mask = np.zeros(int(units[-1]) + 1, dtype=bool)
-        mask[units] = True
-        kept[name] = np.packbits(mask).tobytes().hex()
-    return json.dumps({"kept": kept, "depth": spec.depth})
-
-
-def spec_from_json(text: str) -> SubModelSpec | None:
-    """Inverse of ``spec_to_json``."""
-    if not text:
-        return None
-    raw = json.loads(text)
-    kept = {
-        name: np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(bits), dtype=np.uint8))).tolist()
-        for name, bits in raw["kept"].items()
-    }
-    return SubModelSpec.of(kept, raw["depth"])
 
 
 def instruction_to_record(instruction: Instruction) -> RecordDict:
@@ -273,17 +249,3 @@ def _answer(reply: Message, dispatch: int, partition_id: int, limits: Limits) ->
             f"{report.partition_id}",
         )
     return report
-
-
-__all__ = [
-    "HEAD",
-    "GridTransport",
-    "NoClientsError",
-    "instruction_to_record",
-    "partition_record",
-    "record_to_instruction",
-    "record_to_report",
-    "report_to_record",
-    "spec_from_json",
-    "spec_to_json",
-]

@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from client_app.batches import augmented, batches
 from client_app.meter import MemoryMeter
+from client_app.model import costs_by_spec
 from client_app.objectives.base import CostOf, Findings, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
-from client_app.objectives.gates import READERS, Gates, readers_of
+from client_app.objectives.mask_gates import READERS, MaskGates, readers_of
 from pruning.capability import Training, groups_within, inner_groups, mask_phase_bytes, widths_at
-from pruning.cost import CostModel, measure_costs
+from pruning.cost import measure_costs
 from pruning.extract import narrow, resize, shapes_of
 from pruning.groups import Group, Layout
 from pruning.spec import FULL, SubModelSpec
@@ -75,7 +76,7 @@ def mask_learning(task: Task) -> Objective:
     task.model.to("meta")  # the device has room for one of the two
     inner = THEN[kind](replace(task, model=small, spec=learned.spec))
     shape = tuple(task.examples.x.shape[1:])
-    cost, phase_macs = _costs(task.full, task.layout, shape), mask_macs(task.full, task.layout, task.spec, shape)
+    cost, phase_macs = costs_by_spec(task.full, task.layout, shape), mask_macs(task.full, task.layout, task.spec, shape)
     num_trained = 0
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,7 @@ def mask_learning(task: Task) -> Objective:
 def learn_mask(task: Task) -> Learned:
     """Train the scores for ``mask-epochs``; the model is left as it was received."""
     assert task.examples is not None
-    phase = MaskPhase(task, gated_groups(task))
+    phase = MaskPhase(task, learnable_groups(task))
     total, num_seen, num_examples = 0.0, 0, len(task.examples)
     for _ in range(int(task.settings.get("mask-epochs", 20))):
         total = 0.0
@@ -122,7 +123,7 @@ def mask_peak_bytes(task: Task, training: Training, cost_of: CostOf) -> int:
     ObjectiveError
         If there is no unit to choose.
     """
-    groups, rate = gated_groups(task), float(task.settings["width-rate"])
+    groups, rate = learnable_groups(task), float(task.settings["width-rate"])
     phase = mask_phase_bytes(Layout(()), cost_of(task.spec), groups, FULL, training)
     kept = {name: range(width) for name, width in widths_at(groups, rate).items()}
     small = cost_of(SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)).of(FULL)
@@ -151,7 +152,7 @@ class MaskPhase:
         trained = freeze(model)
         state = model.state_dict(keep_vars=True).items()
         self._before = {key: tensor.detach().clone() for key, tensor in state if _may_change(tensor, trained)}
-        self.gates = Gates(model, groups, _first_scores(task, groups, self.rate, device))
+        self.gates = MaskGates(model, groups, _first_scores(task, groups, self.rate, device))
         self._scores = torch.optim.Adam([self.gates.scores], lr=float(settings.get("mask-learning-rate", 0.01)))
         _restore(self._scores, task.memory, self.gates)
         self._beside, self._trained = make_optimizer(task.train, trained, task.learning_rate), trained
@@ -195,7 +196,7 @@ class MaskPhase:
         return kept, {"scores": {**scores_of_others, **remembered}, "optimizer": _exported(self._scores, self.gates)}
 
 
-def gated_groups(task: Task) -> tuple[Group, ...]:
+def learnable_groups(task: Task) -> tuple[Group, ...]:
     """The groups a client can learn to narrow: inside blocks that it holds, read by layers that can be gated."""
     shapes = {key: tuple(tensor.shape) for key, tensor in task.full.state_dict().items()}
     depth = len(task.layout.blocks) if task.spec.depth is None else task.spec.depth
@@ -256,13 +257,13 @@ def _may_change(tensor: Tensor, trained: list[nn.Parameter]) -> bool:
     return not isinstance(tensor, nn.Parameter) or any(tensor is p for p in trained)
 
 
-def _exported(optimizer: torch.optim.Adam, gates: Gates) -> dict[str, object]:
+def _exported(optimizer: torch.optim.Adam, gates: MaskGates) -> dict[str, object]:
     state = optimizer.state[gates.scores]
     moments = {name: state[name].cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
     return {"groups": [group.name for group in gates.groups], **moments}
 
 
-def _restore(optimizer: torch.optim.Adam, memory: Mapping[str, object], gates: Gates) -> None:
+def _restore(optimizer: torch.optim.Adam, memory: Mapping[str, object], gates: MaskGates) -> None:
     """Go on with the optimiser's state of the client's last mask phase, if it was over the same units."""
     kept = memory.get("optimizer")
     if not isinstance(kept, dict) or kept["groups"] != [group.name for group in gates.groups]:
@@ -271,11 +272,6 @@ def _restore(optimizer: torch.optim.Adam, memory: Mapping[str, object], gates: G
         device = gates.scores.device
         moments = {name: kept[name].to(device).clone() for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[gates.scores] = {"step": kept["step"].clone(), **moments}
-
-
-@lru_cache(maxsize=4)
-def _costs(full: nn.Module, layout: Layout, shape: tuple[int, ...]) -> CostModel:
-    return measure_costs(full, layout, torch.empty(2, *shape, device="meta"))
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from client_app.objectives.base import Objective, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import divergence
 from client_app.objectives.inner import InnerNetwork
-from wire.grid import spec_from_json
+from wire.spec import spec_from_json
 
 
 def nested(task: Task) -> Objective:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from client_app.model import costs_by_spec
 from client_app.objectives.base import Findings, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import divergence
 from client_app.objectives.inner import InnerNetwork
-from pruning.cost import CostModel, measure_costs
-from pruning.groups import Layout
 from pruning.spec import SubModelSpec
-from wire.grid import spec_from_json
+from wire.spec import spec_from_json
 
 
 def ordered_dropout(task: Task) -> Objective:
@@ -41,7 +39,8 @@ def ordered_dropout(task: Task) -> Objective:
     teaches = bool(task.settings.get("self-distillation", False))
     share, temperature = (float(task.settings.get(name, 1.0)) for name in ("distillation-weight", "temperature"))
     inner = [InnerNetwork(task, spec) for spec in levels[1:]]
-    macs = [prices(task.full, task.layout, tuple(task.examples.x.shape[1:])).of(spec).train_macs for spec in levels]
+    cost = costs_by_spec(task.full, task.layout, tuple(task.examples.x.shape[1:]))
+    macs = [cost.of(spec).train_macs for spec in levels]
     num_seen: Counter[int] = Counter()
     smoothing = task.train.label_smoothing
 
@@ -75,9 +74,3 @@ def read_levels(task: Task) -> list[SubModelSpec]:
         if not spec.is_subset_of(task.spec, task.layout):
             raise ObjectiveError(f"objective: levels: number {number} is not part of the sub-model that was sent")
     return levels
-
-
-@lru_cache(maxsize=4)
-def prices(full: nn.Module, layout: Layout, shape: tuple[int, ...]) -> CostModel:
-    """Prices of all sub-models of a model without storage, traced once for images of ``shape``."""
-    return measure_costs(full, layout, torch.empty(2, *shape, device="meta"))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from client_app.data import Examples
-from client_app.objectives.base import CostOf, Findings, Fitted, Loss, Objective, ObjectiveError, Task
+from client_app.objectives.base import CostOf, Findings, Fitted, Objective, ObjectiveError, Task
 from client_app.objectives.half import Half, plan_of
 from client_app.objectives.ntxent import has_positive_pair, nt_xent
 from pruning.capability import Training
@@ -292,6 +292,3 @@ def _whole_chain(task: Task) -> Objective:
         return logits
 
     return Objective(task.model, _no_loss, predict=predict)
-
-
-__all__ = ["Loss", "contrastive", "plan_of", "split"]

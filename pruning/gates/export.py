@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.gates.layers import GatedDepthwise2d, Wiring
 from pruning.gates.net import gates_of
 from pruning.gates.sites import GateError
+from pruning.watch import OperatorWatch, memory_of
 
 TOLERANCE = 1e-3
 """Largest relative difference of logits that folding may make in float32."""
@@ -111,11 +111,11 @@ def _pairs(model: nn.Module, image_shape: tuple[int, ...]) -> list[tuple[str, st
     pairs: dict[int, tuple[str, str]] = {}
 
     def wrote(path: str) -> Any:
-        return lambda module, inputs, output: written.update({_memory(output): (path, output)})
+        return lambda module, inputs, output: written.update({memory_of(output): (path, output)})
 
     def reads(path: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            memory = _memory(inputs[0])
+            memory = memory_of(inputs[0])
             if memory in written:
                 pairs[memory] = (written[memory][0], path)
 
@@ -135,24 +135,12 @@ def _pairs(model: nn.Module, image_shape: tuple[int, ...]) -> list[tuple[str, st
     return list(dict.fromkeys(pair for memory, pair in pairs.items() if uses.counts[memory] == 1))
 
 
-class _Uses(TorchDispatchMode):
+class _Uses(OperatorWatch):
     """Counts the operators that read each of the tensors in ``written``, by memory."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; True, newer versions' default, loads the compiler: 2 s and 80 MB a process."""
-        return False
 
     def __init__(self, written: Mapping[int, object]) -> None:
         super().__init__()
         self._written, self.counts = written, Counter[int]()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        self.counts.update({_memory(x) for x in args if isinstance(x, Tensor)} & self._written.keys())
-        return func(*args, **(kwargs or {}))
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    def note(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        self.counts.update({memory_of(x) for x in args if isinstance(x, Tensor)} & self._written.keys())

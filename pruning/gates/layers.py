@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pruning.gates.gate import FLOOR, Gate, Winners
+from pruning.gates.gate import Gate, Winners
 from pruning.gates.norm import compact_norm, masked_norm
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -245,6 +245,3 @@ class GatedNorm2d(nn.BatchNorm2d):
         values = winners.values if self.wiring.is_last else None
         execute = compact_norm if self.wiring.execution.is_compact else masked_norm
         return execute(self, x, winners, values)
-
-
-__all__ = ["FLOOR", "Execution", "GatedConv2d", "GatedDepthwise2d", "GatedLinear", "GatedNorm2d", "Wiring", "become"]

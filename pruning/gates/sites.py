@@ -8,15 +8,14 @@ stream adds up is written by several layers and stays dense, and so does a layer
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning.groups import Axis, Group, Layout
+from pruning.watch import OperatorWatch, memory_of
 
 MIN_WINNERS = 8
 """Fewest winners, and what their number is a multiple of: vector units work on so many channels at once."""
@@ -192,40 +191,26 @@ class _Passed:
         return self.num_axes.get(path) in (2, 4)
 
 
-class _Signs(TorchDispatchMode):
+class _Signs(OperatorWatch):
     """Follows which memory is known to hold no negative number."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; True, newer versions' default, loads the compiler: 2 s and 80 MB a process."""
-        return False
 
     def __init__(self) -> None:
         super().__init__()
         self._rectified: dict[int, Tensor] = {}
 
     def knows(self, tensor: Tensor) -> bool:
-        return _memory(tensor) in self._rectified
+        return memory_of(tensor) in self._rectified
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__
+    def note(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         first = result[0] if isinstance(result, tuple | list) else result
         if isinstance(first, Tensor):
             # In-place functions share their argument's memory, whatever was known of it before.
             if name.endswith("_") and name not in RECTIFIES:
-                self._rectified.pop(_memory(first), None)
+                self._rectified.pop(memory_of(first), None)
             if name in RECTIFIES or (name in ("hardtanh", "hardtanh_") and len(args) > 1 and args[1] >= 0):
-                self._rectified[_memory(first)] = first  # held, so that no other tensor can take its place
+                self._rectified[memory_of(first)] = first  # held, so that no other tensor can take its place
             elif name in KEEPS_SIGN and isinstance(args[0], Tensor) and self.knows(args[0]):
-                self._rectified[_memory(first)] = first
-        return result
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+                self._rectified[memory_of(first)] = first
 
 
 def _watch(model: nn.Module, image_shape: tuple[int, ...]) -> _Passed:

@@ -142,6 +142,3 @@ def held_bytes(work: Sequence[Work]) -> int:
 def as_work(partition_id: int, steps: Sequence[Any]) -> list[Work]:
     """The steps of one client's upload as work."""
     return [Work(item.step, partition_id, item.activations, item.labels) for item in steps]
-
-
-__all__ = ["Replay", "Work", "as_work", "held_bytes", "mean_losses"]

@@ -22,10 +22,6 @@ from wire.training import make_saved_optimizer
 from zoo.cut import CutModel
 
 
-class SmashedDataError(ValueError):
-    """Smashed data or labels that the server's half cannot be trained on."""
-
-
 @dataclass
 class Served:
     """What the server keeps of one client.

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from client_app.handler import handle, sub_model
+from client_app.handler import handle
+from client_app.model import sub_model
 from client_app.objectives import Findings, Fitted, Objective, ObjectiveError, Task, make_objective
 from client_app.objectives.drift import proximal
 from client_app.store import ClientStore

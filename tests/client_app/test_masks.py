@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from client_app.batches import batches, flip_shift
-from client_app.handler import handle, measured
+from client_app.handler import handle
+from client_app.model import measured
 from client_app.objectives import ObjectiveError, Task, make_objective
-from client_app.objectives.gates import GatedProduct, Gates, StraightThrough
-from client_app.objectives.masks import MaskPhase, choose_units, freeze, gated_groups, learn_mask, mask_peak_bytes
+from client_app.objectives.mask_gates import GatedProduct, MaskGates, StraightThrough
+from client_app.objectives.masks import MaskPhase, choose_units, freeze, learn_mask, learnable_groups, mask_peak_bytes
 from client_app.site import Site, SiteError
 from client_app.store import ClientStore
 from pruning.capability import Training, inner_groups
@@ -78,7 +79,7 @@ def test_shut_gates_are_silenced_units(name):
     _randomize(model, 0)
     groups = inner_groups(layout, dict(shapes_of(model.state_dict())))
     spec = random_spec(groups, np.random.default_rng(1))
-    gates = Gates(model.eval(), groups, {group.name: torch.zeros(group.size) for group in groups})
+    gates = MaskGates(model.eval(), groups, {group.name: torch.zeros(group.size) for group in groups})
     flags = [torch.isin(torch.arange(g.size), torch.tensor(spec.units[g.name])).float() for g in groups]
     gates.values = torch.cat(flags)
     with torch.no_grad():
@@ -132,7 +133,8 @@ def test_drawing_the_mask_misses_the_rate_by_more_than_a_unit_and_keeps_one_at_l
 
 def task_for(instruction: Instruction) -> Task:
     from client_app.data import client_examples
-    from client_app.handler import full_model, load, sub_model
+    from client_app.handler import load
+    from client_app.model import full_model, sub_model
 
     train, _ = client_examples(instruction.job.data, 4, 0)
     blank, layout, _ = sub_model(instruction.job.model, 10, (1, 8, 8), instruction.spec)
@@ -185,7 +187,7 @@ def test_the_mask_phase_sees_augmented_images_where_training_does(masked, monkey
 def test_in_the_mask_phase_gradients_are_clipped_of_all_but_the_scores(masked, limit):
     settings = {"momentum": 0.0, "weight_decay": 0.0, "max_grad_norm": limit}
     task = replace(task_for(masked(train=settings)), learning_rate=1.0)
-    phase = MaskPhase(task, gated_groups(task))
+    phase = MaskPhase(task, learnable_groups(task))
     before = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
     scores = phase.gates.scores.detach().clone()
     phase.step(*task.examples.batch(slice(0, 16)))
@@ -330,7 +332,7 @@ def test_the_estimate_of_the_mask_phase_is_what_it_was_counted_to_hold(masked, n
     estimate = mask_peak_bytes(
         task, Training(64, slots), lambda spec: measured(resize(task.full, task.layout, spec), shape)
     )
-    phase = MaskPhase(task, gated_groups(task))
+    phase = MaskPhase(task, learnable_groups(task))
     phase.step(*task.examples.batch(slice(0, 64)))
     assert estimate == pytest.approx(phase.peak_bytes, rel=0.06)
 
@@ -385,7 +387,7 @@ def test_it_refuses_what_it_does_not_know_and_what_it_cannot_narrow(masked):
     _, layout = build("mlp", False)
     task = task_for(instruction)
     with pytest.raises(ObjectiveError, match="no unit to choose"):
-        gated_groups(replace(task, spec=SubModelSpec.of({g.name: range(3) for g in layout.prunable})))
+        learnable_groups(replace(task, spec=SubModelSpec.of({g.name: range(3) for g in layout.prunable})))
 
 
 def test_a_regulariser_reaches_the_small_model(masked):
@@ -417,7 +419,7 @@ def test_both_ways_of_gating_give_the_scores_the_same_gradients():
         if is_frozen:
             freeze(model)
         groups = inner_groups(layout, dict(shapes_of(model.state_dict())))
-        gates = Gates(model, groups, {group.name: torch.zeros(group.size) for group in groups})
+        gates = MaskGates(model, groups, {group.name: torch.zeros(group.size) for group in groups})
         assert bool(gates._replaced) == is_frozen
         gates.draw(torch.Generator().manual_seed(1))
         x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))

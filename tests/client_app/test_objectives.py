@@ -15,8 +15,8 @@ from client_app.objectives.distillation import divergence
 from pruning.extract import embed, extract, resize
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
-from wire.grid import spec_to_json
 from wire.message import TrainConfig
+from wire.spec import spec_to_json
 from zoo import get_model
 
 

@@ -18,8 +18,8 @@ from pruning.extract import embed, extract, resize
 from pruning.groups import Layout
 from pruning.select import select_prefix
 from pruning.spec import FULL, SubModelSpec
-from wire.grid import spec_to_json
 from wire.message import DataConfig, TrainConfig
+from wire.spec import spec_to_json
 from zoo import get_model
 
 X = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from client_app.handler import full_model, price
+from client_app.model import full_model, price
 from pruning.cost import measure_costs
 from pruning.groups import Layout
 from pruning.spec import FULL

@@ -12,11 +12,10 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.extract import embed, extract
+from pruning.extract import StateError, embed, extract
 from pruning.merge import (
     MaskedMean,
     MergeError,
-    StateError,
     coverage_mean,
     everybody_mean,
     holders_mean,

@@ -13,7 +13,7 @@ import torch
 
 from client_app.handler import handle
 from server_app.checkpoint import CheckpointError, load_checkpoint
-from server_app.run import RunFolderError, read_end
+from server_app.run import RunFolderError
 from strategies.base import RunStoppedError
 from tests.runs import equal_states, final_state, read_rows, select, tiny_run, without_timings
 from wire.flat import ConfigError
@@ -36,7 +36,7 @@ def test_a_run_leaves_its_config_its_log_and_its_checkpoints(tmp_path):
     assert run["versions"].keys() == {"flwr", "torch", "numpy", "python"}
     assert [client["partition_id"] for client in clients["clients"]] == [0, 1, 2, 3]
     assert all(sum(c["label_counts"]) == c["num_examples"] == 100 for c in clients["clients"])
-    assert read_end(tmp_path / "run")["status"] == "completed"
+    assert read_rows(tmp_path / "run")[-1]["status"] == "completed"
 
 
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
@@ -96,7 +96,7 @@ def test_an_interrupted_run_says_so_and_goes_on_where_it_stopped(mode, tmp_path)
     whole = tiny_run(tmp_path / "whole", strategy="adaptcl", num_rounds=6, **settings)
     with pytest.raises(KeyboardInterrupt):
         tiny_run(tmp_path / "first", Interruptor(5, KeyboardInterrupt()), strategy="adaptcl", num_rounds=6, **settings)
-    end = read_end(tmp_path / "first")
+    end = read_rows(tmp_path / "first")[-1]
     assert (end["status"], end["reason"]) == ("interrupted", "interrupted by the user")
     stopped = load_checkpoint(tmp_path / "first")[0].server_round
     assert stopped == end["num_rounds"] == 4
@@ -159,7 +159,7 @@ def test_a_run_that_fails_says_why_and_keeps_its_checkpoints(tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         tiny_run(tmp_path / "run", strategy="fedavg")
-    end = read_end(tmp_path / "run")
+    end = read_rows(tmp_path / "run")[-1]
     assert end["status"] == "failed"
     assert "No space left on device" in end["reason"]
     assert load_checkpoint(tmp_path / "run")[0].server_round == 2
@@ -210,7 +210,7 @@ def test_a_resumed_run_without_a_round_of_its_own_ends_where_the_earlier_one_did
     stop = Interruptor(3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         tiny_run(tmp_path / "third", stop, resume=str(tmp_path / "first"), strategy="fedavg", num_rounds=3)
-    ends = [read_end(tmp_path / name) for name in ("first", "second", "third")]
+    ends = [read_rows(tmp_path / name)[-1] for name in ("first", "second", "third")]
     assert [end["num_rounds"] for end in ends] == [2, 2, 2]
     assert ends[1]["time_s"] == ends[0]["time_s"] > 0
     assert ends[2]["time_s"] >= ends[0]["time_s"]

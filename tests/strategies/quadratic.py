@@ -15,7 +15,8 @@ from pruning.cost import measure_costs
 from pruning.groups import Layout
 from pruning.spec import FULL
 from strategies import STRATEGIES
-from strategies.setting import LoopConfig, Setting
+from strategies.loop import LoopConfig
+from strategies.setting import Setting
 from wire.local import LocalTransport
 from wire.message import DataConfig, Instruction, Job, ModelConfig, Report, TrainConfig
 

@@ -21,8 +21,8 @@ from strategies.adaptcl import AdaptCLConfig
 from strategies.setting import Order, Progress, Setting
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
-from wire.grid import spec_from_json
 from wire.message import DataConfig, Instruction, Job, ModelConfig, Report, TrainConfig
+from wire.spec import spec_from_json
 from zoo import get_model
 
 ADAPTCL: dict[str, Any] = {"strategy": "adaptcl", "num-rounds": 8, "adaptcl.pruning-interval": 2, "adaptcl.round-to": 1}

@@ -20,7 +20,8 @@ from strategies import FedAvg
 from strategies.base import RunStoppedError
 from strategies.exchange import Arrival, Entry, Exchange
 from strategies.fedavg import FedAvgConfig
-from strategies.setting import LoopConfig, Order, Setting, staleness_weight
+from strategies.loop import LoopConfig, staleness_weight
+from strategies.setting import Order, Setting
 from tests.runs import final_state, select, tiny_run
 from wire.flat import ConfigError, refuse
 from wire.local import LocalTransport

@@ -14,9 +14,10 @@ import torch
 
 from client_app.handler import handle
 from pruning.extract import embed
+from pruning.groups import Layout
 from tests.runs import final_state, select, tiny_run
 from wire.flat import ConfigError
-from wire.message import Instruction, Report
+from wire.message import Instruction, ModelConfig, Report
 from zoo import get_model
 
 HALVES: dict[str, Any] = {
@@ -40,12 +41,17 @@ class Echo:
         return Report(instruction.dispatch, instruction.partition_id, state, 10, train_macs=1.0)
 
 
+def small_model(config: ModelConfig, num_classes: int, shape: tuple[int, ...]) -> tuple[torch.nn.Module, Layout]:
+    """The perceptron with 8 and 8 hidden neurons, whatever the run's model is."""
+    return get_model(config.name, num_classes, shape[0], shape[1], hidden=(8, 8))
+
+
 def held_counts(folder: Path, num_rounds: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
     """How often every entry of a small perceptron (8 and 8 hidden neurons) was held and merged.
 
     What the event log says about coverage to date is held against it.
     """
-    monkeypatch.setattr("server_app.run.get_model", lambda name, *sizes, **o: get_model(name, *sizes, hidden=(8, 8)))
+    monkeypatch.setattr("server_app.run.build_model", small_model)
     torch.manual_seed(0)
     before = get_model("mlp", 10, 1, 8, hidden=(8, 8))[0].state_dict()
     rows = tiny_run(folder, Echo(), num_rounds=num_rounds, **settings)
@@ -86,10 +92,7 @@ def test_over_a_cycle_of_staggered_windows_every_entry_is_held_equally_often(tmp
 
 def test_what_adaptcls_slow_client_has_lost_it_never_holds_again(tmp_path, monkeypatch):
     """Two clients: what the slow one lost is held by one of them, what it kept by both, round after round."""
-    monkeypatch.setattr("server_app.run.get_model", lambda name, *sizes, **o: get_model(name, *sizes, hidden=(8, 8)))
-    monkeypatch.setattr(
-        "client_app.handler.get_model", lambda name, *sizes, **o: get_model(name, *sizes, hidden=(8, 8))
-    )
+    monkeypatch.setattr("server_app.run.build_model", small_model)
     echo = Echo()
     settings = {"adaptcl.round-to": 1, "adaptcl.rates.regrow": False, "num-clients": 2, "evaluation.every": 1000}
     rows = tiny_run(tmp_path / "run", slow_by_model(echo), strategy="adaptcl", num_rounds=12, **settings)

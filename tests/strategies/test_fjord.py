@@ -14,8 +14,8 @@ from pruning.select import select_prefix
 from pruning.spec import SubModelSpec
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
-from wire.grid import spec_from_json
 from wire.message import Instruction, Report
+from wire.spec import spec_from_json
 from zoo import get_model
 
 THREE: dict[str, Any] = {

@@ -10,6 +10,7 @@ import torch
 
 from client_app.data import client_examples, load_images
 from client_app.handler import handle
+from client_app.model import build_model
 from pruning.extract import embed, extract
 from strategies.heterofl import HeteroFLConfig
 from strategies.labels import with_present_classes
@@ -117,13 +118,11 @@ def test_a_merge_is_the_mean_over_those_who_hold_an_entry_and_have_its_class(str
 
 @pytest.mark.parametrize("strategy", ["heterofl", "fedrolex"])
 def test_a_merge_by_labels_of_a_model_without_classes_is_refused_with_the_remedy(strategy, tmp_path, monkeypatch):
-    whole = get_model
-
-    def without_classes(*arguments: Any, **options: Any):
-        model, layout = whole(*arguments, **options)
+    def without_classes(*arguments: Any):
+        model, layout = build_model(*arguments)
         return model, layout.without(["classes"])
 
-    monkeypatch.setattr("server_app.run.get_model", without_classes)
+    monkeypatch.setattr("server_app.run.build_model", without_classes)
     with pytest.raises(ConfigError, match=rf"no group 'classes'.*set {strategy}\.mask-missing-labels=false"):
         tiny_run(tmp_path / "run", **levels_of(strategy))
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -16,18 +16,16 @@ from hypothesis import strategies as st
 
 from pruning.spec import FULL, SubModelSpec
 from wire.grid import (
-    HEAD,
     GridTransport,
     NoClientsError,
     instruction_to_record,
-    partition_record,
     record_to_instruction,
     record_to_report,
     report_to_record,
-    spec_from_json,
-    spec_to_json,
 )
 from wire.message import CompressionConfig, DataConfig, Failure, Instruction, Job, ModelConfig, Report, TrainConfig
+from wire.roster import HEAD, partition_record
+from wire.spec import spec_from_json, spec_to_json
 
 JOB = Job(
     ModelConfig("resnet8", 0.5), DataConfig(partition="iid"), TrainConfig(), 4, 9, 3, CompressionConfig("dgc"), "/x"

@@ -1,4 +1,7 @@
-"""Gates over units: Bernoulli draws in front of the layers that read a unit, with a straight-through gradient.
+"""The gates by which a mask is learned: Bernoulli draws in front of the layers that read a unit, straight-through.
+
+They are Co-S2P's, open or shut for a whole batch and gone with the mask phase; ADP's, in ``pruning.gates``, belong to
+the model and judge every sample.
 
 A unit whose gate is shut is silenced, which is what removing it does. The gradient of a gate needs no gradient of any
 weight: with frozen weights a step makes two thirds of the products of a training step.
@@ -54,7 +57,7 @@ class GatedProduct(torch.autograd.Function):
         return moved.mul_(gate), None, None, of_gate
 
 
-class Gates:
+class MaskGates:
     """One gate per unit of ``groups``, hooked into the layers of ``model`` that read the units.
 
     Parameters
