@@ -2,6 +2,7 @@
 
     python -m bench.adaptcl                   # everything; hours on 2 cores, resumable
     python -m bench.adaptcl --task digits --sigma 5
+    python -m bench.adaptcl --kept --task cifar10-small-resnet8 --store bench/outcomes/adaptcl  # what is there, at once
     python -m bench.adaptcl --quick           # one small comparison, about a minute
 
 Every run is kept in results/bench/adaptcl; a run that is there is not repeated. What is compared: total virtual time
@@ -131,22 +132,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=STORES / "adaptcl")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the tables of what the store has")
     options = parser.parse_args(arguments)
     if options.quick:
         options.task, options.sigma, options.seeds = ["digits"], [5.0], 1
         options.store = options.store.with_name("adaptcl-quick")
     cases = plan(options)
-    run_missing(cases, options)
+    if not options.kept:
+        run_missing(cases, options)
     tables = [summarise(task, sigma, options) for task, sigma in dict.fromkeys((c.task, c.sigma) for c in cases)]
     for table in tables:
-        print_table(f"{table['task']}, slowest/fastest = {table['sigma']:g}, {table['seeds']} seeds", table["rows"])
+        print_table(f"{table['task']}, slowest/fastest = {table['sigma']:g}", table["rows"])
     finish("adaptcl", options, {"tables": tables}, seeds=seeds_of(options))
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
     """The runs asked for."""
     methods = options.method or [m for m in METHODS if options.ablations or m in CORE]
-    tasks = [task for task in options.task or list(TASKS) if task == "digits" or has_cifar(options.data_dir)]
+    has_images = options.kept or has_cifar(options.data_dir)
+    tasks = [task for task in options.task or list(TASKS) if task == "digits" or has_images]
     for task in options.task or list(TASKS):
         if task not in tasks:
             print(f"left out: {task} (no CIFAR-10 in {options.data_dir}; see the README on data)")
@@ -233,7 +237,8 @@ def outcome(log: Path) -> dict[str, Any]:
 def summarise(task: str, sigma: float, options: argparse.Namespace) -> dict[str, Any]:
     """One table: every method against FedAvg, as means over seeds of ratios taken seed by seed."""
     seeds = seeds_of(options)
-    methods = [m for m in METHODS if any(Case(task, sigma, seed, m).path(options.store).exists() for seed in seeds)]
+    asked = options.method or list(METHODS)
+    methods = [m for m in asked if any(Case(task, sigma, seed, m).path(options.store).exists() for seed in seeds)]
     rows = []
     for method in methods:
         by_seed = []
@@ -248,8 +253,8 @@ def summarise(task: str, sigma: float, options: argparse.Namespace) -> dict[str,
                 time_s = runs["adaptcl"]["time_s"]
                 row[f"over {RIVAL}"] = best_within(runs[method], time_s) - best_within(load(rival), time_s)
             by_seed.append(row)
-        rows.append({"method": method, **over_seeds(by_seed)})
-    return {"task": task, "sigma": sigma, "seeds": options.seeds, "rows": rows}
+        rows.append({"method": method, "seeds": len(by_seed), **over_seeds(by_seed)})
+    return {"task": task, "sigma": sigma, "rows": rows}
 
 
 def compare(

@@ -24,6 +24,7 @@ TESTBED_RUNS = {"adaptcl": "AdaptCL", "adaptcl-works": "AdaptCL whose spare time
 
 ADAPTCL_COLUMNS = (
     "method",
+    "seeds",
     "rounds",
     "total time",
     "time to target",
