@@ -65,7 +65,7 @@ NO_TENSORS = {"state": 0, "companions": 0}
 @given(specs, st.integers(0, 2**40), st.booleans())
 def test_every_instruction_comes_back_as_it_went(spec, dispatch, wants_delta):
     settings = {"mask": True, "mu": 0.1, "name": "a", "k": 3}
-    sent = Instruction("train", dispatch, 3, 5, 4, JOB, STATE, spec, "proximal", settings, 11, 10, True)
+    sent = Instruction("train", dispatch, 3, 5, 4, JOB, STATE, spec, "proximal", settings, 11, (7, 10), True)
     sent = replace(sent, wants_delta=wants_delta, companions=STATE)
     got = record_to_instruction(instruction_to_record(sent))
     assert same_states(got.state, STATE)
