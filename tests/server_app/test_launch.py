@@ -133,7 +133,7 @@ def test_two_runs_at_once_each_end_with_their_own_outcome_and_code_and_leave_not
     bad = make_app(tmp_path / "bad", client=FOREIGN_CLIENT)
     good_run = start(good, tmp_path / "good run", "ok", working_dir=bad)  # a folder with packages of the same names
     bad_run = start(bad, tmp_path / "bad run", "raise", working_dir=good)
-    good_text, bad_text = good_run.communicate(timeout=150)[0], bad_run.communicate(timeout=150)[0]
+    good_text, bad_text = good_run.communicate(timeout=400)[0], bad_run.communicate(timeout=400)[0]
 
     assert good_run.returncode == 0, good_text
     shown = good_text.splitlines()

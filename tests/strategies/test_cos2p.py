@@ -194,7 +194,8 @@ def test_exits_that_nobody_has_trained_are_reported_and_not_evaluated_as_if_they
         if instruction.partition_id == 0:
             raise RuntimeError("the only device that holds all of the model is away")
 
-    rows = tiny_run(tmp_path / "run", Spy(leaves), num_rounds=2, **{**VIT, "evaluation.every": 1})
+    settings = {**VIT, "evaluation.every": 1, "cos2p.kd-start": 1}
+    rows = tiny_run(tmp_path / "run", Spy(leaves), num_rounds=2, **settings)
     first, second, third = select(rows, "evaluation")
     assert "depth" not in first
     assert (second["depth"], third["depth"]) == (3, 3)

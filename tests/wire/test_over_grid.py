@@ -88,7 +88,7 @@ def test_co_s2p_cut_anywhere_and_resumed_is_the_run_that_was_not_also_amid_its_m
     quorum, exits = case
     settings: dict[str, Any] = {"strategy": "cos2p", "loop__quorum": quorum, "cos2p__mask_epochs": 1}
     if exits:
-        settings |= {"model__name": "tests.vits:small", "model__exits": True, "cos2p__kd_start": 2}
+        settings |= {"model__name": "tests.vits:small", "model__exits": True, "cos2p__kd_start": 1}
     settings |= {"cos2p__budgets": "0.5", "cos2p__rotate_coverage": True, "train__optimizer": "adam"}
     settings |= {"train__learning_rate": 0.003, "evaluation__every": 1, "evaluation__family_every": 1}
     whole, _ = over_grid(tmp_path / "whole", **{**settings, "num_rounds": 6})
