@@ -44,7 +44,7 @@ FLOOR = 0.95
 
 
 def main() -> dict[str, Any]:
-    """Step the benchmark."""
+    """Run the benchmark."""
     parser = options("gates", __doc__)
     parser.add_argument("--nets", nargs="+", help=f"of {', '.join(NETS)}")
     parser.add_argument("--density", type=float, default=0.5)
