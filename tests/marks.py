@@ -9,5 +9,6 @@ import pytest
 
 
 def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter of which the fast suite takes ``quick`` and the whole suite all."""
-    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
+    """Values of a parameter of which the fast suite takes ``quick`` and the whole suite all; tuples are of several."""
+    cases = [(value, value if isinstance(value, tuple) else (value,)) for value in values]
+    return [pytest.param(*case, marks=() if value in quick else pytest.mark.slow) for value, case in cases]

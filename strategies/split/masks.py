@@ -31,6 +31,10 @@ STEPPED = 2**18
 MOMENTS = 2
 """Vectors that an optimiser remembers at most."""
 
+Frozen = list[Tensor | None]
+"""Of every ``STEPPED`` entries: float32, 1 for those that a hard mask holds where they are, 0 for the others; or None
+where it holds none."""
+
 
 @dataclass(frozen=True)
 class MaskConfig:
@@ -93,7 +97,7 @@ def mask_weights(weights: Tensor, logits: Tensor, config: MaskConfig, seen: Tens
             torch.ge(s, config.threshold, out=product).mul_(u)
 
 
-def mask_gradients_(weights: Tensor, probabilities: Tensor, gradient: Tensor, config: MaskConfig) -> Tensor | None:
+def mask_gradients_(weights: Tensor, probabilities: Tensor, gradient: Tensor, config: MaskConfig) -> Frozen:
     """Gradients of one step, in place: ``gradient`` becomes dU, and ``probabilities`` becomes dV.
 
     Parameters
@@ -105,25 +109,24 @@ def mask_gradients_(weights: Tensor, probabilities: Tensor, gradient: Tensor, co
     Returns
     -------
     frozen
-        float32 [num_weights], 1 for the entries that a hard mask holds where they are, 0 for the others; None where
-        there are none.
+        What a hard mask holds; of soft masks nothing.
     """
     penalty = torch.tensor(config.penalty_in_force)
     room = torch.empty(min(PIECE, len(weights)))  # fresh memory costs more than what is computed in it
-    frozen = torch.empty_like(weights) if config.kind == "hard" else None
-    pieces = list(_pieces(weights, probabilities, gradient))
-    for (u, s, g), off in zip(pieces, [None] * len(pieces) if frozen is None else frozen.split(PIECE), strict=True):
-        of_mask = torch.addcmul(penalty, g, u, out=room[: len(s)])
-        if off is None:
-            g.mul_(s)
+    frozen: Frozen = []
+    for us, ss, gs in zip(*(vector.split(STEPPED) for vector in (weights, probabilities, gradient)), strict=True):
+        is_any_held = config.kind == "hard" and len(ss) > 0 and float(ss.min()) < config.threshold
+        held = torch.lt(ss, config.threshold, out=torch.empty_like(ss)) if is_any_held else None
+        for u, s, g in _pieces(us, ss, gs):
+            of_mask = torch.addcmul(penalty, g, u, out=room[: len(s)])
+            if config.kind == "soft":
+                g.mul_(s)
             s.addcmul_(s, s, value=-1).mul_(of_mask)
-        else:
-            torch.lt(s, config.threshold, out=off)
-            s.addcmul_(s, s, value=-1).mul_(of_mask)
-            for slope in (g, s):
-                slope.addcmul_(slope, off, value=-1)
-    is_any_frozen = frozen is not None and len(frozen) and float(frozen.max()) > 0
-    return frozen if is_any_frozen else None
+        if held is not None:
+            for slopes in (gs, ss):
+                slopes.addcmul_(slopes, held, value=-1)
+        frozen.append(held)
+    return frozen
 
 
 def _pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -131,22 +134,18 @@ def _pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(vector.split(PIECE) for vector in vectors), strict=True)
 
 
-def step_(optimizer: torch.optim.Optimizer, gradient: Tensor, frozen: Tensor | None = None) -> None:
-    """One step of an optimiser of a flat vector's parts; where it is ``frozen`` (1, not 0), nothing of it moves.
+def step_(optimizer: torch.optim.Optimizer, gradient: Tensor, frozen: Frozen | None = None) -> None:
+    """One step of an optimiser of a flat vector's parts, ``STEPPED`` entries each; nothing that is frozen moves.
 
     Everything moves and is put back, part by part: with half of all entries frozen, gathering them by index takes ten
     times as long.
     """
     parts = optimizer.param_groups[0]["params"]
-    sizes = [len(part) for part in parts]
-    slopes = gradient.split(sizes)
-    if frozen is None:
-        for part, slope in zip(parts, slopes, strict=True):
-            part.grad = slope
-        optimizer.step()
-    else:
-        room = torch.empty(1 + MOMENTS, max(sizes))
-        for part, slope, held in zip(parts, slopes, frozen.split(sizes), strict=True):
+    slopes = gradient.split([len(part) for part in parts])
+    found = list(zip(parts, slopes, [None] * len(parts) if frozen is None else frozen, strict=True))
+    room = torch.empty(1 + MOMENTS, max(map(len, parts), default=0))
+    for part, slope, held in found:
+        if held is not None:
             part.grad = slope
             before = [kept[: len(part)].copy_(t) for kept, t in zip(room, _moving(optimizer, part), strict=False)]
             optimizer.step()  # only of the part that has a gradient
@@ -155,12 +154,15 @@ def step_(optimizer: torch.optim.Optimizer, gradient: Tensor, frozen: Tensor | N
             before += [torch.zeros_like(part)] * (len(after) - len(before))  # moments that this step made
             for tensor, old in zip(after, before, strict=True):
                 tensor.lerp_(old, held)  # exactly either of the two, weights being 0 and 1
+    for part, slope, held in found:
+        part.grad = slope if held is None else None
+    optimizer.step()
     for part in parts:
         part.grad = None
 
 
-def step_logits_(optimizer: torch.optim.Adam, gradient: Tensor, frozen: Tensor | None = None) -> None:
-    """One step of a mask's logits [num_weights]; where ``frozen`` (1, not 0) they stay for good.
+def step_logits_(optimizer: torch.optim.Adam, gradient: Tensor, frozen: Frozen | None = None) -> None:
+    """One step of a mask's logits [num_weights]; those that are frozen stay for good.
 
     The gradient must be 0 there, and the Adam without weight decay: then a logit that has lost its momentum is left
     alone, which is cheaper than putting back as ``step_`` does.
@@ -168,7 +170,9 @@ def step_logits_(optimizer: torch.optim.Adam, gradient: Tensor, frozen: Tensor |
     logits = optimizer.param_groups[0]["params"][0]
     momentum = optimizer.state[logits].get("exp_avg")
     if frozen is not None and momentum is not None:
-        momentum.addcmul_(momentum, frozen, value=-1)
+        for part, held in zip(momentum.split(STEPPED), frozen, strict=True):
+            if held is not None:
+                part.addcmul_(part, held, value=-1)
     step_(optimizer, gradient)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compat.convolution import SAFE_CHANNELS, StridedPointwise, protect_convolutions
+from tests.marks import slow_but
 from zoo import get_model
 
 TRAIN_NARROW = """
@@ -63,7 +64,7 @@ def test_other_convolutions_are_left_as_they_are(layer):
     assert type(layer) is nn.Conv2d
 
 
-@pytest.mark.parametrize("name", ["resnet8", "torchvision:resnet18"])
+@pytest.mark.parametrize("name", slow_but(("resnet8",), ("resnet8", "torchvision:resnet18")))
 def test_every_model_by_name_is_protected(name):
     model, _ = get_model(name, 10, 3, 32)
     strided = [

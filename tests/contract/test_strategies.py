@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ SEMI_ASYNC: dict[str, Any] = {"num-clients": 6, "num-rounds": 6, "loop.quorum": 
 
 every_strategy = pytest.mark.parametrize("name", slow_but(("fedavg", "adaptcl"), STRATEGIES))
 """Promises that the loop keeps for all methods alike: the fast suite looks at two of them, the whole suite at all."""
+
+every_strategy_in_every_mode = pytest.mark.parametrize(
+    ("name", "mode"),
+    slow_but([("fedavg", "sync"), ("adaptcl", "semi-async")], product(STRATEGIES, ["sync", "semi-async"])),
+)
 
 one_of_each_exchange = pytest.mark.parametrize(
     "name",
@@ -141,8 +147,7 @@ def pool() -> Iterator[LocalTransport]:
     LocalTransport.close(kept)
 
 
-@pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy
+@every_strategy_in_every_mode
 def test_worker_processes_do_not_change_the_event_log(name, mode, plain_runs, pool, tmp_path):
     pool.num_clients = 4 if mode == "sync" else 6
     rows = tiny_run(tmp_path / "run", transport=pool, strategy=name, **settings_of(name, mode))
@@ -156,8 +161,7 @@ def test_another_seed_gives_another_run(name, plain_runs, tmp_path):
     assert not equal_states(final_state(tmp_path / "run"), first)
 
 
-@pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy
+@every_strategy_in_every_mode
 def test_three_rounds_and_three_more_equal_six(name, mode, plain_runs, tmp_path):
     """Bit for bit, rows and model; the family is shown in rounds 3 and 6 by both, for a last round always shows it."""
     home, whole = plain_runs[name, mode]
@@ -248,8 +252,7 @@ class EchoingTransport(LocalTransport):
         return [item for answer in answers for item in (*strangers, answer, answer)]
 
 
-@pytest.mark.parametrize("mode", ["sync", "semi-async"])
-@every_strategy
+@every_strategy_in_every_mode
 def test_the_same_seed_gives_the_same_event_log_and_repeated_and_unknown_answers_change_nothing(
     name, mode, plain_runs, tmp_path
 ):

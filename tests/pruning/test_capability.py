@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import product
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from pruning.capability import (
 )
 from pruning.cost import CostModel, measure_costs
 from pruning.groups import Axis, Group, Layout
+from tests.marks import slow_but
 from tests.vits import small
 from zoo import get_model
 
@@ -115,8 +117,9 @@ def test_what_is_solved_fits_and_a_step_more_would_not(vit, share, preset, learn
         assert found.depth_rate == found.width_rate
 
 
-@pytest.mark.parametrize("preset", ["fit", "paper"])
-@pytest.mark.parametrize("share", [0.4, 0.8, 1.0])
+@pytest.mark.parametrize(
+    ("share", "preset"), slow_but([(0.8, "fit"), (0.4, "paper")], product([0.4, 0.8, 1.0], ["fit", "paper"]))
+)
 def test_halving_finds_what_trying_every_width_finds_in_few_estimates(vit, share, preset, monkeypatch):
     """Also where the whole model, which learns no mask, fits and a slightly narrower one does not."""
     layout, cost, groups = vit

@@ -12,6 +12,7 @@ import torch
 from client_app.handler import handle
 from server_app.checkpoint import load_checkpoint
 from strategies.split.masks import MaskConfig
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, select, tiny_run, without_timings
 from wire.message import Instruction, Report
 
@@ -57,6 +58,7 @@ def test_every_selection_grants_as_many_uploads_as_it_should_and_trains(selectio
     assert select(rows, "evaluation")[-1]["accuracy"] > select(rows, "evaluation")[0]["accuracy"] + 0.2
 
 
+@pytest.mark.slow
 def test_fp16_halves_the_values_sent_and_hardly_moves_the_result(tmp_path):
     runs = {p: adasplit(tmp_path / p, adasplit__precision=p, adasplit__eta=1.0) for p in ("fp32", "fp16")}
     sent = {p: sum(row["upload_bytes"] for row in select(rows, "arrival")) for p, rows in runs.items()}
@@ -68,6 +70,7 @@ def test_fp16_halves_the_values_sent_and_hardly_moves_the_result(tmp_path):
     assert found["fp16"]["loss"] != found["fp32"]["loss"]
 
 
+@pytest.mark.slow
 def test_hard_masks_at_their_defaults_mask_a_part_of_their_own_for_every_client_and_the_model_still_learns(tmp_path):
     settings = {"adasplit__eta": 1.0, "train__local_epochs": 4, "adasplit__segments": 1}
     rows = adasplit(tmp_path / "hard", **settings, adasplit__mask__kind="hard")
@@ -84,19 +87,18 @@ class ServerKilledError(BaseException):
     """Stands for SIGKILL: nothing of the server's runs on."""
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"exchange": "frozen"},
-        {"client_sync": "average"},
-        {"exchange": "exact", "client_sync": "handoff"},
-        {"exchange": "exact", "server_gradient": True},
-        {"mask__kind": "hard", "precision": "fp16"},
-    ],
-    ids=["frozen", "average", "handoff", "server gradient", "hard masks in fp16"],
-)
-def test_a_run_killed_in_the_middle_of_a_round_ends_as_if_it_had_not_been(settings, tmp_path):
-    settings = {f"adasplit__{key}": value for key, value in settings.items()} | {"data__max_train": 120}
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "frozen": {"exchange": "frozen"},
+    "average": {"client_sync": "average"},
+    "handoff": {"exchange": "exact", "client_sync": "handoff"},
+    "server gradient": {"exchange": "exact", "server_gradient": True},
+    "hard masks in fp16": {"mask__kind": "hard", "precision": "fp16"},
+}
+
+
+@pytest.mark.parametrize("name", slow_but(("handoff",), EXCHANGES))
+def test_a_run_killed_in_the_middle_of_a_round_ends_as_if_it_had_not_been(name, tmp_path):
+    settings = {f"adasplit__{key}": value for key, value in EXCHANGES[name].items()} | {"data__max_train": 120}
     whole = adasplit(tmp_path / "whole", **settings)
 
     def killed(instruction: Instruction) -> Report:

@@ -44,6 +44,7 @@ def test_only_who_is_online_is_asked_and_the_clock_moves_on_while_nobody_is(tmp_
         assert begin == pytest.approx(min(model.next_available_s(pid, end) for pid in range(4)))
 
 
+@pytest.mark.slow
 def test_a_device_that_becomes_faster_gets_its_units_back_if_regrowing_is_asked_for(tmp_path):
     """Client 3 is four times slower until the middle of the run."""
     shifts = "{ partition-id = 3, time-s = 0, slowdown = 4 }, { partition-id = 3, time-s = %s, slowdown = 1 }"

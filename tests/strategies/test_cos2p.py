@@ -22,6 +22,7 @@ from strategies.base import RunStoppedError
 from strategies.cos2p import CoS2P, CoS2PConfig
 from strategies.cos2p_rule import l1_distance
 from strategies.setting import Setting
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
 from wire.message import Instruction, Job, Report
@@ -311,7 +312,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("loop", list(LOOPS))
+@pytest.mark.parametrize("loop", slow_but(("half",), LOOPS))
 def test_rotation_leaves_every_client_its_own_model_and_mask_however_rounds_close(loop, tmp_path):
     """Nobody holds all units, so N* is 0: everybody takes a turn now and then, and trains its own model mostly."""
     spy = Spy()
@@ -338,7 +339,7 @@ def test_rotation_leaves_every_client_its_own_model_and_mask_however_rounds_clos
     assert all(b - a >= patience for a, b in pairwise(sorted(merged_into))), "one at a time"
 
 
-@pytest.mark.parametrize("loop", ["all", "fedasync"])
+@pytest.mark.parametrize("loop", slow_but(("all",), ("all", "fedasync")))
 def test_a_resumed_rotation_goes_on_with_whoever_is_next(loop, tmp_path):
     settings = {**MLP, **LOOPS[loop], "fleet.name": "linear:2", "cos2p.budgets": "0.5", "cos2p.mask-epochs": 1}
     settings |= {"cos2p.rotate-coverage": True, "train.schedule": "constant"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning.spec import FULL, SubModelSpec
@@ -50,6 +50,7 @@ def same_states(first: dict[str, Any], second: dict[str, Any]) -> bool:
     )
 
 
+@settings(max_examples=30)
 @given(specs)
 def test_every_spec_comes_back_as_it_went(spec):
     assert spec_from_json(spec_to_json(spec)) == spec
@@ -62,6 +63,7 @@ def test_no_spec_comes_back_as_none():
 NO_TENSORS = {"state": 0, "companions": 0}
 
 
+@settings(max_examples=30)
 @given(specs, st.integers(0, 2**40), st.booleans())
 def test_every_instruction_comes_back_as_it_went(spec, dispatch, wants_delta):
     settings = {"mask": True, "mu": 0.1, "name": "a", "k": 3}

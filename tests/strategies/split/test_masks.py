@@ -46,7 +46,7 @@ def test_soft_gradients_are_autograds():
     loss.backward()
     chances = torch.sigmoid(logits)
     gradient = 2 * weights * chances * target
-    assert mask_gradients_(weights, chances, gradient, MaskConfig(penalty=0.3)) is None
+    assert mask_gradients_(weights, chances, gradient, MaskConfig(penalty=0.3)) == [None]
     torch.testing.assert_close(gradient, u.grad)
     torch.testing.assert_close(chances, v.grad)
 
@@ -63,8 +63,7 @@ def test_hard_masks_are_binary_straight_through_and_frozen_below_the_threshold()
     assert gradient.tolist() == [1, 1, 0, 1]
     slope = 2 * chances * (1 - chances)
     torch.testing.assert_close(found, torch.where(logits < -2.5, torch.zeros(4), slope))
-    assert frozen is not None
-    assert frozen.tolist() == [0, 0, 1, 0]
+    assert [held is not None and held.tolist() for held in frozen] == [[0, 0, 1, 0]]
 
 
 def test_hard_masks_have_defaults_of_their_own_and_soft_ones_the_authors():
@@ -84,14 +83,19 @@ def test_hard_masks_that_would_begin_and_so_stay_masked_are_refused(settings):
 def test_piece_by_piece_is_what_it_is_at_once(kind, monkeypatch):
     logits, weights, gradient = torch.randn(3, 100, generator=torch.Generator().manual_seed(0)) * 3
     config, results = MaskConfig(kind=kind, penalty=0.1, hard_penalty=0.1, threshold=0.1), []
-    for piece in (100, 7):
+    logits[40:80] = 1.0  # nothing of a part is frozen
+    for piece, stepped in ((100, 100), (7, 100), (7, 20)):
         monkeypatch.setattr(masks, "PIECE", piece)
+        monkeypatch.setattr(masks, "STEPPED", stepped)
         seen, chances, towards = torch.empty(100), torch.empty(100), gradient.clone()
         mask_weights(weights, logits, config, seen, chances)
         frozen = mask_gradients_(weights, chances, towards, config)
-        results.append((seen, chances, towards, torch.zeros(0) if frozen is None else frozen))
-    for whole, pieced in zip(*results, strict=True):
-        torch.testing.assert_close(whole, pieced, rtol=1e-6, atol=1e-7)
+        held = torch.cat([torch.zeros(stepped) if part is None else part for part in frozen])
+        results.append((seen, chances, towards, held))
+        assert any(part is not None for part in frozen) == (kind == "hard")
+    for whole, *pieced in zip(*results, strict=True):
+        for part in pieced:
+            torch.testing.assert_close(whole, part, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -102,11 +106,11 @@ def test_where_nothing_is_held_neither_the_vector_nor_its_moments_move(optimizer
     else:
         made = torch.optim.SGD([vector], lr=0.1, momentum=0.9, fused=True)
     held, frozen = torch.tensor([True, False, True, False]), torch.tensor([0.0, 1.0, 0.0, 1.0])
-    step_(made, torch.ones(4), frozen)
+    step_(made, torch.ones(4), [frozen])
     step_(made, torch.ones(4), None)  # moments exist now
     kept = [t.clone() for t in made.state[vector].values() if torch.is_tensor(t) and t.shape == vector.shape]
     before = vector.clone()
-    step_(made, torch.ones(4), frozen)
+    step_(made, torch.ones(4), [frozen])
     moments = [t for t in made.state[vector].values() if torch.is_tensor(t) and t.shape == vector.shape]
     assert moments
     for tensor, old in ((vector, before), *zip(moments, kept, strict=True)):
@@ -121,7 +125,7 @@ def test_a_logit_below_the_threshold_stays_for_good_whatever_its_momentum_was():
     step_logits_(made, torch.ones(4))
     before = logits.clone()
     for _ in range(3):
-        step_logits_(made, torch.ones(4) * (1 - frozen), frozen)
+        step_logits_(made, torch.ones(4) * (1 - frozen), [frozen])
     assert torch.equal(logits[frozen > 0], before[frozen > 0])
     assert (logits[frozen == 0] < before[frozen == 0]).all()
 
