@@ -84,8 +84,18 @@ class SubModelSpec:
         return True
 
     def widths(self, layout: Layout) -> dict[str, int]:
-        """Kept units of every group."""
+        """Kept units of every group, also of those in blocks that are not kept."""
         return {group.name: self.width(layout, group.name) for group in layout.groups}
+
+    def held_widths(self, layout: Layout) -> dict[str, int]:
+        """Units of every group that a client holds: 0 of a group that lies only in blocks that are not kept."""
+        widths = self.widths(layout)
+        if self.depth is not None:
+            for group in layout.groups:
+                blocks = (layout.block_of(axis.key) for axis in group.axes)
+                if all(block is not None and block >= self.depth for block in blocks):
+                    widths[group.name] = 0
+        return widths
 
 
 FULL = SubModelSpec()

@@ -5,6 +5,7 @@ Clients appear in one order everywhere: fastest device first, by the update time
 
 from __future__ import annotations
 
+from collections.abc import Container
 from statistics import median
 
 from matplotlib.axes import Axes
@@ -21,7 +22,9 @@ from reporting.style import (
     ORANGE,
     PURPLE,
     SKY,
+    SPEED,
     add_tip,
+    clean,
     hide_grid,
     render,
     style,
@@ -84,7 +87,49 @@ def draw_accuracy(view: View) -> Picture | None:
             "Accuracy against time and bytes",
             f"Final accuracy {format_percent(main[-1].accuracy)}, best {format_percent(best)}.",
         ),
-        "The band spans the clients from the 10th to the 90th percentile." if "federated" in curves else "",
+        " ".join(filter(None, (_spread_note(curves), _depth_note(view.log)))),
+    )
+
+
+def _spread_note(curves: Container[str]) -> str:
+    return "The band spans the clients from the 10th to the 90th percentile." if "federated" in curves else ""
+
+
+def _depth_note(log: RunLog) -> str:
+    """Where what was evaluated is not the whole model, since nobody had trained the rest."""
+    shallow = [row for row in log.evaluations if row.depth is not None]
+    if not shallow:
+        return ""
+    last = shallow[-1]
+    words = f"model is its first {last.depth} blocks: nobody"
+    if last.server_round == log.evaluations[-1].server_round:
+        return f"The {words} has trained the others."
+    return f"Until round {last.server_round} the {words} had trained the others."
+
+
+def draw_exits(view: View) -> Picture | None:
+    """Accuracy of every exit of the global model against time."""
+    rows = [row for row in view.log.evaluations if row.where == "central" and len(row.exits) > 1]
+    if not rows:
+        return None
+    most = max(len(row.exits) for row in rows)
+    figure, (ax,) = make_figure(1, 1, 2.8)
+    for number in range(most):
+        points = [(row.time_s, row.exits[number]) for row in rows if len(row.exits) > number]
+        place = ", the shallowest" if number == 0 else ", the deepest" if number == most - 1 else ""
+        label = f"exit {number + 1}{place}"
+        colour = SPEED(0.15 + 0.7 * number / (most - 1))
+        ax.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=label, marker="o", markersize=2.5)
+    format_axis(ax, "x", "seconds", "time on the run's clock")
+    format_axis(ax, "y", "percent", "accuracy")
+    ax.set_ylim(0, 1.0)
+    ax.set_xlim(left=0)
+    set_legend_above(ax)
+    final = ", ".join(format_percent(accuracy) for accuracy in rows[-1].exits)
+    return Picture(
+        "Exits",
+        render(figure, "exits", "Accuracy of every exit against time", f"At the end, shallowest first: {final}."),
+        "An exit has a line from where somebody has trained it.",
     )
 
 
@@ -265,7 +310,12 @@ def draw_family(view: View) -> Picture | None:
     format_axis(ax, "y", "percent", "accuracy")
     ax.set_xlabel("retention ratio")
     ax.set_xlim(0, 1.03)
-    ax.set_title(f"after round {rows[-1].server_round}")
+    if not all(member.name.replace(".", "", 1).isdigit() or member.name in ("base", "") for member in members):
+        for member in members:  # names that say more than the axis does
+            x, y, name = member.retention_ratio, member.best_accuracy or 0.0, clean(member.name, 28)
+            ax.annotate(name, (x, y), (0, 5), textcoords="offset points", fontsize=7.5, ha="center")
+    best = f"; best: {clean(rows[-1].best, 28)}" if rows[-1].best else ""
+    ax.set_title(f"after round {rows[-1].server_round}{best}")
     ax.legend(loc="lower right")
     return Picture(
         "The family: accuracy by retention ratio",
@@ -281,6 +331,7 @@ DRAWINGS = (
     draw_adaptation,
     draw_widths,
     draw_family,
+    draw_exits,
     draw_coverage,
     draw_gates,
     draw_plan,

@@ -48,8 +48,9 @@ def draw_widths(view: View) -> Picture | None:
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y * 100:.0f} %"))
-    least = format_percent(min(min(row) for row in shares))
+    least = format_percent(min((share for row in shares for share in row if share), default=0.0))
     notes = ["Numbers are kept units, at each client's last reply."]
+    notes += ["0: in blocks that the client does not hold."] if any(0 in row for row in shares) else []
     notes += ['Groups that a reply does not name are kept whole ("all").'] if has_whole else []
     notes += ["Colour is the share of the widest number in the log.", view.note]
     notes += [f"{len(names)} of {len(full)} groups are drawn."] if len(names) < len(full) else []

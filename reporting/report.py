@@ -34,6 +34,7 @@ _LEDGER: tuple[Column, ...] = (
     ("up", False),
     ("compute", False),
     ("links", False),
+    ("busy", False),
     ("waiting", False),
     ("was last", False),
     ("held up", False),
@@ -205,12 +206,13 @@ def _with_table(section: Section, log: RunLog, summary: dict[str, Any]) -> Secti
         ledger = summary["ledger"]
         rows = tuple(_ledger_cells(row) for row in ledger[:MAX_ROWS])
         note = (
-            "Links: download and upload. Held up: how much sooner its rounds would have closed without it. "
-            "Merged: of all its replies."
+            "Links: download and upload. Busy: share of the run's time. Held up: how much sooner its rounds would have "
+            "closed without it. Merged: of all its replies."
         )
         if len(ledger) > MAX_ROWS:
             note += f" The first {MAX_ROWS} of {len(ledger)} clients; all are in summary.json."
-        return Section(section.name, section.title, section.picture, _LEDGER, rows, _ledger_total(ledger), note)
+        total = _ledger_total(ledger, summary["utilisation_ratio"])
+        return Section(section.name, section.title, section.picture, _LEDGER, rows, total, note)
     return section
 
 
@@ -226,6 +228,7 @@ def _ledger_cells(row: dict[str, Any]) -> tuple[str, ...]:
         format_bytes(row["upload_bytes"]),
         format_seconds(row["compute_s"]),
         format_seconds(row["download_s"] + row["upload_s"]),
+        format_percent(row["utilisation_ratio"], 0),
         format_seconds(row["wait_s"]),
         f"{row['num_times_last']} ×",
         format_seconds(row["held_up_s"]),
@@ -235,7 +238,7 @@ def _ledger_cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _ledger_total(ledger: list[dict[str, Any]]) -> tuple[str, ...]:
+def _ledger_total(ledger: list[dict[str, Any]], utilisation_ratio: float | None) -> tuple[str, ...]:
     def total(name: str) -> Any:
         return sum(row[name] for row in ledger)
 
@@ -248,6 +251,7 @@ def _ledger_total(ledger: list[dict[str, Any]]) -> tuple[str, ...]:
         format_bytes(total("upload_bytes")),
         format_seconds(total("compute_s")),
         format_seconds(total("download_s") + total("upload_s")),
+        format_percent(utilisation_ratio, 0),
         format_seconds(total("wait_s")),
         "",
         format_seconds(total("held_up_s")),

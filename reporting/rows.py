@@ -118,6 +118,7 @@ class FamilyMember:
     """One sub-model of the family, evaluated: as it is and with its normalisation statistics re-estimated."""
 
     retention_ratio: float
+    name: str = ""
     accuracy: float | None = None
     accuracy_reestimated: float | None = None
 
@@ -130,7 +131,11 @@ class FamilyMember:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the global model; ``where`` is central or federated."""
+    """One evaluation of the global model; ``where`` is central or federated.
+
+    ``depth``: blocks of the part that stands for the model, None for all. ``exits``: accuracy of every exit of that
+    part, shallowest first. ``best``: name of the best member of the family.
+    """
 
     server_round: int
     time_s: float
@@ -142,6 +147,8 @@ class Evaluation:
     clients: Mapping[str, float] = field(default_factory=dict)
     family: tuple[FamilyMember, ...] = ()
     best: str = ""
+    depth: int | None = None
+    exits: tuple[float, ...] = ()
     wall_s: float = 0.0
     line: int = 0
 
@@ -265,6 +272,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "Mapping[str, float]": lambda value: _floats(value),
     "Mapping[str, Mapping[str, float]]": lambda value: {key: _floats(item) for key, item in _dict(value).items()},
     "tuple[tuple[float, ...], ...]": lambda value: tuple(tuple(_float(item) for item in row) for row in value),
+    "tuple[float, ...]": lambda value: tuple(_float(item) for item in value),
     "tuple[int, ...]": lambda value: tuple(_int(item) for item in value),
     "tuple[str, ...]": _strings,
     "tuple[FamilyMember, ...]": _family,

@@ -219,6 +219,7 @@ def family_rows(evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
         "best_retention_ratio": best.retention_ratio if best else None,
         "members": [
             {
+                "name": member.name,
                 "retention_ratio": member.retention_ratio,
                 "accuracy": member.accuracy,
                 "accuracy_reestimated": member.accuracy_reestimated,
@@ -240,13 +241,16 @@ def ledger(log: RunLog, waits: Sequence[Wait], closings: Sequence[Closing]) -> l
     for closing in closings:
         if closing.straggler is not None:
             last[closing.straggler].append(closing)
-    return [
-        _ledger_row(client, arrivals[client.partition_id], wait_s[client.partition_id], last[client.partition_id])
-        for client in log.clients
-    ]
+    found = []
+    for client in log.clients:
+        key = client.partition_id
+        found.append(_ledger_row(client, arrivals[key], wait_s[key], last[key], log.total_time_s))
+    return found
 
 
-def _ledger_row(client: ClientInfo, rows: Sequence[Arrival], wait_s: float, last: Sequence[Closing]) -> dict[str, Any]:
+def _ledger_row(
+    client: ClientInfo, rows: Sequence[Arrival], wait_s: float, last: Sequence[Closing], total_time_s: float
+) -> dict[str, Any]:
     merged = [row for row in rows if row.status == "merged"]
     memory = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
     staleness = [row.staleness for row in merged if row.staleness is not None]
@@ -264,6 +268,7 @@ def _ledger_row(client: ClientInfo, rows: Sequence[Arrival], wait_s: float, last
         "compute_s": sum(row.compute_s for row in rows),
         "upload_s": sum(row.upload_s for row in rows),
         "update_time_s": sum(row.update_time_s for row in rows),
+        "utilisation_ratio": utilisation(sum(row.update_time_s for row in rows), 1, total_time_s),
         "wait_s": wait_s,
         "num_times_last": len(last),
         "held_up_s": sum(closing.held_up_s for closing in last),

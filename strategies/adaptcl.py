@@ -25,7 +25,7 @@ from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Arrival
 from strategies.setting import Order
-from wire.flat import require, require_choice
+from wire.flat import refuse, require, require_choice
 from wire.message import Report
 from wire.spec import spec_to_json
 
@@ -87,6 +87,15 @@ class AdaptCL(SubModelStrategy):
         self._scores: Mapping[str, np.ndarray] | None = None
         self._families: dict[int, NestedFamily] = {}
         self._decided_in = 0
+
+    def check(self) -> None:
+        """There must be something to learn a rate of."""
+        refuse(
+            not self.layout.prunable,
+            f"strategy=adaptcl with model.name={self.setting.job.model.name}",
+            "no unit of the model can be left out, so that there is no rate to learn; use another model, or "
+            "strategy=fedavg",
+        )
 
     def begin(self) -> None:
         """Starting at the floor needs an order at once; before training, any units are as good as others."""

@@ -146,7 +146,7 @@ def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, 
         "upload_bytes": 0,
         "work_ratio": entry.work_ratio,
         "retention_ratio": cost.retention_ratio(entry.spec),
-        "widths": entry.spec.widths(cost.layout),
+        "widths": entry.spec.held_widths(cost.layout),
         "depth": entry.spec.depth,
     }
     if arrival.overhead_s:

@@ -8,6 +8,7 @@ hands on the earliest. In deployment the clock is the wall. Strategies do not no
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import time
 from collections import OrderedDict, deque
@@ -20,6 +21,8 @@ from pruning.spec import SubModelSpec
 from strategies.shelf import Shelf
 from strategies.travel import TravelModel
 from wire.message import Failure, Instruction, Report, payload_bytes
+
+logger = logging.getLogger(__name__)
 
 Taken = TypeVar("Taken")
 
@@ -100,6 +103,10 @@ class Exchange:
     durations : the simulated fleet's; None in deployment, where the wall clock counts.
     now_s, next_dispatch : where a resumed run goes on.
     shelf : where large answers wait that lie in the virtual future; None to keep them in memory.
+
+    Attributes
+    ----------
+    num_strays : answers left out because nobody waited for them.
     """
 
     def __init__(
@@ -123,6 +130,7 @@ class Exchange:
         self._order: OrderedDict[int, None] = OrderedDict()  # not handed on yet, oldest first
         self._ready: dict[int, Arrival] = {}
         self._by_time: list[tuple[float, int]] = []  # heap over _ready
+        self.num_strays = 0
 
     @property
     def is_virtual(self) -> bool:
@@ -271,7 +279,10 @@ class Exchange:
     def _accept(self, answer: Report | Failure) -> None:
         """Match an answer with the ledger; one to a request not under way is unknown or repeated: nobody waits."""
         entry, _ = self._under_way.pop(answer.dispatch, (None, 0.0))
-        if entry is None:
+        if entry is None:  # no row: what nobody asked for must not change the log of a run
+            self.num_strays += 1
+            words = "an answer of client %d to request %d is left out: nobody waits for it (unknown, repeated or late)"
+            logger.warning(words, answer.partition_id, answer.dispatch)
             return
         if entry.partition_id != answer.partition_id:
             answer = Failure(entry.dispatch, entry.partition_id, f"answer signed by client {answer.partition_id}")

@@ -84,9 +84,13 @@ def make_rows(
         )
         row = {"event": "evaluation", "server_round": server_round, "global_version": version, "time_s": time_s,
                "where": "central", "accuracy": accuracy, "loss": 2.3 * (1 - accuracy) + 0.05, "num_examples": 360}  # fmt: skip
+        if adaptive:
+            row |= {"depth": 2, "exits": [0.8 * accuracy, accuracy]} if server_round < 3 else {
+                "exits": [0.8 * accuracy, 0.9 * accuracy, accuracy]}  # fmt: skip
         if adaptive and server_round and server_round % 10 == 0:
             row["family"] = [
                 {
+                    "name": f"retention {r}",
                     "retention_ratio": r,
                     "accuracy": accuracy - 0.25 * (1 - r) ** 2,
                     "accuracy_reestimated": accuracy - 0.06 * (1 - r) ** 2,

@@ -74,6 +74,15 @@ def test_the_report_shows_every_picture_and_the_headline_figures(page: str) -> N
     assert seen.open == []
 
 
+def test_it_says_what_stands_for_a_model_whose_depth_nobody_has_trained_yet_and_how_good_every_exit_is(
+    page: str,
+) -> None:
+    assert "Until round 2 the model is its first 2 blocks: nobody had trained the others." in page
+    for words in ("exit 1, the shallowest", "exit 2", "exit 3, the deepest", "An exit has a line from where"):
+        assert words in page
+    assert "best: retention 1.0" in page
+
+
 def test_the_report_needs_no_network_and_runs_no_script(page: str) -> None:
     seen = Page(page)
     assert seen.tags.count("script") == 0
@@ -203,3 +212,25 @@ def test_a_group_that_a_reply_does_not_name_is_shown_whole(make_run: MakeRun) ->
         picture = draw_widths(View(read_events(make_run(rows=rows))))
     assert picture is not None
     assert "keeps 50.0 %" in picture.svg
+    assert "does not hold" not in picture.note
+
+
+def test_a_block_that_a_client_does_not_hold_is_shown_as_nothing(make_run: MakeRun) -> None:
+    reply = {
+        "event": "arrival",
+        "server_round": 1,
+        "status": "merged",
+        "update_time_s": 1.0,
+        "start_s": 0,
+        "finish_s": 1,
+    }
+    rows = [
+        {"event": "run", "strategy": "depthfl"},
+        {**reply, "partition_id": 0, "widths": {"block0": 16, "block1": 16}},
+        {**reply, "partition_id": 1, "widths": {"block0": 8, "block1": 0}, "depth": 1},
+    ]
+    with style():
+        picture = draw_widths(View(read_events(make_run(rows=rows))))
+    assert picture is not None
+    assert "keeps 50.0 %" in picture.svg
+    assert "0: in blocks that the client does not hold." in picture.note

@@ -47,6 +47,8 @@ def test_the_ledger_has_the_same_columns_for_every_strategy_and_adds_up(
         assert sum(row[name] for row in summary["ledger"]) == pytest.approx(summary[name])
     assert sum(row["wait_s"] for row in summary["ledger"]) == pytest.approx(summary["straggler_wait_s"])
     assert sum(row["num_times_last"] for row in summary["ledger"]) == summary["num_merges"]
+    busy = [row["utilisation_ratio"] for row in summary["ledger"]]
+    assert sum(busy) / len(busy) == pytest.approx(summary["utilisation_ratio"])
 
 
 def test_a_synchronous_round_lets_everyone_wait_for_its_last_arrival(make_run: MakeRun) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from client_app.handler import handle
+from client_app.model import build_model
 from pruning.cost import measure_costs
 from pruning.extract import embed
 from pruning.rates import ClientRate
@@ -44,6 +45,18 @@ def plain(tmp_path_factory):
     """One run of AdaptCL: its folder, rows and specs."""
     folder = tmp_path_factory.mktemp("adaptcl") / "run"
     return folder, *run_with_specs(folder)
+
+
+def test_a_model_of_which_no_unit_can_be_left_out_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    def whole(*arguments: Any):
+        model, layout = build_model(*arguments)
+        return model, layout.without([group.name for group in layout.prunable])
+
+    monkeypatch.setattr("server_app.run.build_model", whole)
+    with pytest.raises(ConfigError, match=r"adaptcl with model\.name=mlp: no unit of the model .* strategy=fedavg"):
+        tiny_run(tmp_path / "run", **ADAPTCL)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert select(tiny_run(tmp_path / "fedavg", strategy="fedavg", num_rounds=1), "merge")
 
 
 def test_update_times_come_together_and_the_fastest_keeps_the_full_model(plain):

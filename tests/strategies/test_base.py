@@ -291,7 +291,7 @@ def dispatch(exchange: Exchange, partition_id: int) -> int:
     )
 
 
-def test_answers_to_other_requests_and_repeated_ones_are_ignored():
+def test_answers_to_other_requests_and_repeated_ones_are_left_out_counted_and_named(caplog):
     transport = Scripted()
     exchange = Exchange(transport, DurationModel(make_fleet("uniform", 4), seed=0, noise=0.0))
     number = dispatch(exchange, 2)
@@ -301,6 +301,10 @@ def test_answers_to_other_requests_and_repeated_ones_are_ignored():
     assert isinstance(arrival, Arrival)
     assert arrival.answer is good
     assert exchange.next_arrival() is None
+    assert exchange.num_strays == len(caplog.messages) == 3
+    assert caplog.messages[0] == (
+        "an answer of client 2 to request 99 is left out: nobody waits for it (unknown, repeated or late)"
+    )
 
 
 def test_an_answer_signed_by_another_client_is_a_failure_of_the_one_that_was_asked():

@@ -172,3 +172,5 @@ def test_a_shallow_client_trains_and_sends_less(tmp_path):
         values = [by_client[pid][key] for pid in range(3)]
         assert values == sorted(values, reverse=True)
         assert len(set(values)) == 3
+    held = [sum(width > 0 for width in by_client[pid]["widths"].values()) for pid in range(3)]
+    assert held[2] < held[1] < held[0] == len(by_client[0]["widths"]), "a block that a client does not hold has width 0"
