@@ -228,13 +228,12 @@ def figures(run: Mapping[str, Any], budget_s: float, target: float) -> dict[str,
     """The columns of one run."""
     point = at_time(run, budget_s)
     clients = list(point["clients"].values())
-    shallow = [accuracy for name, accuracy in point["family"].items() if name in ("exit 2", "exit 3")]
     return {
         "rounds": run["num_rounds"],
         "base": point["base"],
         "best of family": point["best"],
         "clients' own": statistics.fmean(clients) if clients else float("nan"),
-        "first exit": shallow[0] if shallow else float("nan"),
+        "first exit": point["family"].get("exit 1", float("nan")),
         "time to target": time_to(run, target),
         "utilisation": run["utilisation"],
         "N*": run["n_star"],

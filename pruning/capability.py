@@ -65,11 +65,7 @@ def exit_depths(layout: Layout) -> tuple[int, ...]:
 
     Where heads belong to blocks, those behind which one stands; where the head belongs to none, every depth.
     """
-    num_blocks = len(layout.blocks)
-    headed = tuple(
-        i + 1 for i, block in enumerate(layout.blocks) if any(p.startswith("heads.") for p in block.prefixes)
-    )
-    return headed or tuple(range(1, num_blocks + 1)) or (0,)
+    return layout.exits or tuple(range(1, len(layout.blocks) + 1)) or (0,)
 
 
 def inner_groups(layout: Layout, shapes: Mapping[str, Sequence[int]]) -> tuple[Group, ...]:

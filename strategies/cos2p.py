@@ -230,7 +230,7 @@ class CoS2P(SubModelStrategy):
     def family(self) -> dict[str, SubModelSpec]:
         """The model up to every exit that somebody has trained; the deepest of them is what is deployed."""
         depths = [depth for depth in exit_depths(self.layout) if depth < self._trained_depth]
-        return {f"exit {depth}": SubModelSpec(depth=depth) for depth in depths}
+        return {f"exit {number}": SubModelSpec(depth=depth) for number, depth in enumerate(depths, start=1)}
 
     def deployed(self) -> SubModelSpec:
         """The model up to the deepest exit that has been trained."""

@@ -20,6 +20,7 @@ from pruning.capability import (
 )
 from pruning.groups import Group, Layout
 from pruning.spec import FULL, SubModelSpec
+from strategies.delay import is_statistic
 from strategies.levels import level_of
 from strategies.setting import Setting
 from wire.flat import ConfigError, refuse
@@ -131,8 +132,9 @@ def full_depth_capabilities(
 
 
 def l1_distance(first: State, second: State) -> float:
-    """Sum of |first - second| over the floating-point entries."""
-    return sum(float((first[key] - tensor).abs().sum()) for key, tensor in second.items() if tensor.is_floating_point())
+    """Sum of |first - second| over what is trained: BatchNorm's running statistics, on a scale of their own, are not."""
+    trained = (key for key, tensor in second.items() if tensor.is_floating_point() and not is_statistic(key))
+    return sum(float((first[key] - second[key]).abs().sum()) for key in trained)
 
 
 def co_s2p_weight(step_l1: float, rate: float, drift_l1: float) -> float:

@@ -73,7 +73,7 @@ class DepthFL(SubModelStrategy):
 
     def family(self) -> dict[str, SubModelSpec]:
         """The model cut behind every exit but the deepest that is trained."""
-        return {f"exit{n}": cut_behind(self.layout, n) for n in range(self._levels()[0] - 1, 0, -1)}
+        return {f"exit {n}": cut_behind(self.layout, n) for n in range(self._levels()[0] - 1, 0, -1)}
 
     def deployed(self) -> SubModelSpec:
         """The deepest level: exits behind it have never been trained."""

@@ -89,7 +89,7 @@ class TrainConfig:
     weight_decay : of either.
     label_smoothing : in [0, 1).
     sparsity : factor of the regulariser on BatchNorm scales (never on their biases).
-    sparsity_norm : ``l1``, or ``group-lasso`` over all weights of each unit.
+    sparsity_norm : ``l1``, or ``group-lasso`` over the rows by which a layer writes each unit.
     augment : ``none`` or ``flip-shift``.
     max_grad_norm : clip to it; 0 for no clipping.
     device : ``cpu``, ``cuda`` or ``auto``.

@@ -24,13 +24,19 @@ def sparse(task: Task, inner: Objective) -> Objective:
 
 
 def sparsity_penalty(task: Task) -> Callable[[], Tensor]:
-    """Sum of |BatchNorm scale| (Liu et al. 2017), or the group lasso over each unit's weights (Wen et al. 2016)."""
+    """Sum of |BatchNorm scale| (Liu et al. 2017), or the group lasso (Wen et al. 2016).
+
+    Its groups are the rows by which one layer writes one unit: a filter, a neuron, the rows of a head's queries.
+    """
     parameters = dict(task.model.named_parameters())
     state = task.model.state_dict()
     if task.train.sparsity_norm == "l1":
         keys = sorted({axis.key for group in task.layout.prunable for axis in bn_scale_axes(group, state)})
         scales = [parameters[key] for key in keys if key in parameters]
         return lambda: torch.stack([scale.abs().sum() for scale in scales]).sum() if scales else torch.zeros(())
-    rows = sorted({axis.key for group in task.layout.prunable for axis in group.axes if axis.dim == 0})
-    weights = [parameters[key] for key in rows if key in parameters and parameters[key].dim() > 1]
-    return lambda: torch.stack([w.flatten(1).norm(dim=1).sum() for w in weights]).sum() if weights else torch.zeros(())
+    repeats = {axis.key: axis.repeat for group in task.layout.prunable for axis in group.axes if axis.dim == 0}
+    written = [(parameters[key], repeats[key]) for key in sorted(repeats) if key in parameters]
+    weights = [(weight, repeat) for weight, repeat in written if weight.dim() > 1]
+    if not weights:
+        return lambda: torch.zeros(())
+    return lambda: torch.stack([w.unflatten(0, (-1, r)).flatten(1).norm(dim=1).sum() for w, r in weights]).sum()

@@ -12,6 +12,7 @@ from torch.nn import functional
 from client_app import objectives
 from client_app.objectives import Loss, Objective, ObjectiveError, Task, make_objective
 from client_app.objectives.distillation import divergence
+from client_app.objectives.sparsity import sparsity_penalty
 from pruning.extract import embed, extract, resize
 from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
@@ -77,6 +78,19 @@ def test_group_lasso_adds_the_norms_of_all_units():
     filters = [m.weight for m in sparse.model.modules() if isinstance(m, nn.Conv2d)]
     expected = 0.01 * sum(float(unit.detach().norm()) for weight in filters for unit in weight)
     assert float(gap) == pytest.approx(expected, rel=1e-4)
+
+
+def test_group_lasso_takes_a_head_for_one_unit():
+    torch.manual_seed(0)
+    model, layout = get_model("vit_micro", 10, 1, 8)
+    train = TrainConfig(sparsity=0.01, sparsity_norm="group-lasso")
+    found = float(sparsity_penalty(Task(model, layout, train, {}, torch.ones(10), FULL, model))().detach())
+    expected = 0.0
+    for block in model.blocks:
+        parts = block.attention.qkv.weight.detach().chunk(3)  # queries, keys and values of four heads
+        expected += sum(float(head.norm()) for part in parts for head in part.chunk(4))
+        expected += float(block.fc1.weight.detach().norm(dim=1).sum())
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["l1", "group-lasso"])

@@ -67,9 +67,9 @@ def test_a_client_weight_grows_with_the_step_and_falls_with_rate_and_drift(step,
     assert co_s2p_weight(step + further, rate, drift) >= weight
 
 
-def test_distances_are_sums_over_floating_point_entries():
-    first = {"w": torch.tensor([[1.0, -2.0]]), "n": torch.tensor(3)}
-    second = {"w": torch.tensor([[0.5, 1.0]]), "n": torch.tensor(9)}
+def test_distances_are_sums_over_what_is_trained():
+    first = {"w": torch.tensor([[1.0, -2.0]]), "n": torch.tensor(3), "bn.running_var": torch.tensor([1.0])}
+    second = {"w": torch.tensor([[0.5, 1.0]]), "n": torch.tensor(9), "bn.running_var": torch.tensor([100.0])}
     assert l1_distance(first, second) == 3.5
 
 
