@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +19,20 @@ def as_json(row: dict[str, Any]) -> str:
     except ValueError:
         plain = json.loads(json.dumps(row, default=float), parse_constant=lambda name: None)
         return json.dumps(plain, allow_nan=False)
+
+
+@contextmanager
+def kept_messages(name: str) -> Iterator[list[str]]:
+    """What the package ``name`` warns of meanwhile."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 class EventLog:

@@ -31,7 +31,7 @@ from reporting.report import write_report
 from server_app.checkpoint import save_checkpoint
 from server_app.config import Config, as_toml
 from server_app.evaluation import CentralEvaluator
-from server_app.event_log import EventLog
+from server_app.event_log import EventLog, kept_messages
 from server_app.precheck import make_durations
 from server_app.resume import CONFIG, LINEAGE, take_over
 from strategies import STRATEGIES
@@ -110,7 +110,8 @@ def build(
         raise ConfigError(f"config: data.max-test: the held-out set has {len(held_out)} examples, expected at least 4")
     shape = tuple(held_out.x.shape[1:])
     torch.manual_seed(run_config.seed)
-    model, layout = make_model(config, data.num_classes, shape)
+    with kept_messages("pruning") as kept_whole:  # which groups, and why
+        model, layout = make_model(config, data.num_classes, shape)
     train = run_config.train
     if train.sparsity > 0 and train.sparsity_norm == "l1" and not has_scales(model, layout):
         raise ConfigError(
@@ -153,6 +154,8 @@ def build(
         counts = label_counts(data.y_train, parts, data.num_classes)
         listen(_run_row(config, data.name, model))
         listen({"event": "clients", "clients": _clients(counts, durations)})
+        for message in kept_whole:
+            listen({"event": "warning", "server_round": 0, "message": message})
     return strategy, {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
 
 

@@ -132,7 +132,7 @@ def full_depth_capabilities(
 
 
 def l1_distance(first: State, second: State) -> float:
-    """Sum of |first - second| over what is trained: BatchNorm's running statistics, on a scale of their own, are not."""
+    """Sum of |first - second| over what is trained; BatchNorm's statistics are not, and have a scale of their own."""
     trained = (key for key, tensor in second.items() if tensor.is_floating_point() and not is_statistic(key))
     return sum(float((first[key] - second[key]).abs().sum()) for key in trained)
 

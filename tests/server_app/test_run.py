@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tomllib
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from client_app.handler import handle
 from server_app.checkpoint import CheckpointError, load_checkpoint
@@ -76,6 +78,21 @@ def test_images_that_are_not_square_are_refused_with_the_size_that_makes_them_so
     with pytest.raises(ConfigError, match=r"images are 8 x 12 pixels, .*; append a size, such as data\.name=npz:.*@8"):
         tiny_run(tmp_path / "a", data__name=name, data__max_train=0)
     assert select(tiny_run(tmp_path / "b", data__name=f"{name}@8", data__max_train=0, num_rounds=1), "end")
+
+
+def grouped(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """A model one of whose layers cannot be narrowed."""
+    first, second = nn.Conv2d(in_channels, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(8 * image_size**2, num_classes))
+
+
+def test_the_log_names_what_of_a_model_is_kept_whole_and_why(tmp_path):
+    pytest.importorskip("torch_pruning")
+    settings = {"strategy": "fedavg", "model.name": "tests.server_app.test_run:grouped", "num-rounds": 1}
+    rows = tiny_run(tmp_path / "run", **settings)
+    messages = [row["message"] for row in select(rows, "warning")]
+    assert "group 0 is kept whole: '2' is a grouped convolution" in messages
+    assert not logging.getLogger("pruning").handlers
 
 
 class Interruptor:
