@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from client_app.batches import augmented, local_batches
 from client_app.data import Examples, job_examples
+from client_app.evaluation import evaluate, reestimate_batch_norm
 from client_app.meter import MemoryMeter
 from client_app.model import build_model, costs_of, filled, full_model, price, sub_model
 from client_app.objectives import Findings, Fitted, Objective, Task, last_logits, make_objective, needed_bytes
@@ -75,6 +75,8 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
         save_draft=store.save_draft,
     )
     if instruction.action == "evaluate":
+        if instruction.settings.get("own-statistics", False) and len(train) > 1:
+            reestimate_batch_norm(task.model, train.to(device))
         return _evaluate(instruction, task, test.to(device))
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
@@ -193,22 +195,6 @@ def examine(task: Task, objective: Objective, examples: Examples) -> Findings:
         everything, is_missing = predict, task.label_counts == 0
         predict = lambda x: everything(x).masked_fill(is_missing, NO_CHANCE)  # noqa: E731
     return Findings(metrics=evaluate(objective.model, examples, predict=predict))
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, examples: Examples, batch_size: int = 256, predict: Callable[[Tensor], Tensor] | None = None
-) -> dict[str, float]:
-    """Mean loss and accuracy on ``examples``; of the model's deepest exit, or of what ``predict`` makes of images."""
-    model.eval()
-    predict = predict or (lambda x: last_logits(model(x)))
-    total_loss, num_correct = 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        x, y = examples.batch(slice(start, start + batch_size))
-        logits = predict(x)
-        total_loss += float(functional.cross_entropy(logits, y, reduction="sum"))
-        num_correct += int((logits.argmax(1) == y).sum())
-    return {"loss": total_loss / len(examples), "accuracy": num_correct / len(examples)}
 
 
 def difference(

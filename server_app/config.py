@@ -60,6 +60,8 @@ class EvaluationConfig:
     where : ``central`` (the server's held-out set), ``federated`` (each client's own test part) or ``both``.
     every : rounds between two evaluations; the last round is always evaluated.
     own_classes : on clients, only the classes that a client has are possible answers: its identity is known there.
+    own_statistics : on clients, BatchNorm's statistics are re-estimated on the client's own training images before its
+        test (HeteroFL's static batch normalisation): a merge of unequal widths fits no sub-model's.
     family_every : rounds between two evaluations of the sub-models in use.
     calibration : share of the held-out set kept, unlabelled, for re-estimating BatchNorm statistics.
     """
@@ -67,6 +69,7 @@ class EvaluationConfig:
     where: str = "central"
     every: int = 1
     own_classes: bool = False
+    own_statistics: bool = False
     family_every: int = 5
     calibration: float = 0.2
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from client_app.data import Examples
-from client_app.handler import evaluate
+from client_app.evaluation import evaluate, reestimate_batch_norm
 from client_app.objectives.distillation import predict_with
 from pruning.cost import CostModel
 from pruning.extract import extract, resize
@@ -94,28 +94,3 @@ class CentralEvaluator:
         if answers and len(answers[0]) > 1:
             metrics["exits"] = (torch.cat(answers, dim=1) == self.test.y).float().mean(1).tolist()
         return metrics
-
-
-@torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, examples: Examples, batch_size: int = 256) -> None:
-    """Replace all BatchNorm running statistics by the means over batches of ``examples``.
-
-    A gated unit's are the means over the batches that it won in; one that won in none keeps the statistics that it has.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()  # the first batch replaces what is there, if it is a number
-        for statistic in (norm.running_mean, norm.running_var):
-            if statistic is not None:
-                statistic.nan_to_num_()
-        norm.momentum = None  # cumulative mean
-    model.train()
-    for start in range(0, max(1, len(examples) - 1), batch_size):
-        model(examples.batch(slice(start, start + batch_size))[0])
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()

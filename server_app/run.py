@@ -135,6 +135,7 @@ def build(
         evaluate_every=evaluation.every,
         family_every=evaluation.family_every,
         own_classes=evaluation.own_classes,
+        own_statistics=evaluation.own_statistics,
         reply_timeout_s=run_config.reply_timeout_s,
         versions_dir=str(folder / "versions"),
         keep_checkpoints=run_config.keep_checkpoints,

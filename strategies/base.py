@@ -373,7 +373,7 @@ class SubModelStrategy(Hooks, Strategy):
 
         def instruct(pid: int) -> Instruction:
             order = self.evaluation_order(pid)
-            own = {"own-classes": True} if self.setting.own_classes else {}
+            own = {"own-classes": self.setting.own_classes, "own-statistics": self.setting.own_statistics}
             return replace(
                 self._instruction("evaluate", server_round, pid, order),
                 dispatch=EVALUATION_DISPATCH + server_round * self.setting.job.num_clients + pid,

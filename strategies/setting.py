@@ -89,6 +89,7 @@ class Setting:
         ``family_every`` rounds.
     evaluate_clients : whether clients evaluate on their own test parts in the same rounds.
     own_classes : whether a client's test counts only the classes that it has as possible answers.
+    own_statistics : whether BatchNorm's statistics are those of the client's own training images in its test.
     reply_timeout_s : a client that takes longer, on the wall, has failed.
     deployment : how real devices are met.
     limits : of answers.
@@ -105,6 +106,7 @@ class Setting:
     evaluate: Evaluator | None = None
     evaluate_clients: bool = False
     own_classes: bool = False
+    own_statistics: bool = False
     evaluate_every: int = 1
     family_every: int = 1
     reply_timeout_s: float = 600.0

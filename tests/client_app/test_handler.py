@@ -11,7 +11,8 @@ from torch import nn
 
 from client_app.batches import batches, flip_shift, local_batches
 from client_app.data import Examples, client_examples, load_images, partitions
-from client_app.handler import MemoryMeter, TrainingError, evaluate, handle, learning_rate
+from client_app.evaluation import evaluate, reestimate_batch_norm
+from client_app.handler import MemoryMeter, TrainingError, handle, learning_rate
 from client_app.site import Site, SiteError
 from client_app.store import ClientStore
 from pruning.compress import densify
@@ -46,6 +47,20 @@ def test_the_same_instruction_gives_the_same_report_and_another_dispatch_another
     other = handle(make_instruction(dispatch=1))
     assert all(torch.equal(first.state[k], again.state[k]) for k in first.state)
     assert not torch.equal(first.state["blocks.0.conv.weight"], other.state["blocks.0.conv.weight"])
+
+
+def test_with_statistics_of_its_own_a_clients_test_does_not_depend_on_those_that_were_merged(make_instruction):
+    merged = make_instruction(action="evaluate")
+    spoiled = {key: tensor + 100 if key.endswith("running_mean") else tensor for key, tensor in merged.state.items()}
+    own = {"own-statistics": True}
+    assert handle(replace(merged, state=spoiled)).metrics["loss"] != handle(merged).metrics["loss"]
+    found = handle(replace(merged, state=spoiled, settings=own)).metrics
+    assert found == handle(replace(merged, settings=own)).metrics
+    model, _ = get_model("cnn", 10, 1, 8)
+    model.load_state_dict(merged.state)
+    train, test = client_examples(merged.job.data, 4, 0)
+    reestimate_batch_norm(model, train)
+    assert found == evaluate(model, test)
 
 
 def test_a_delta_is_the_trained_state_minus_what_was_sent(make_instruction):

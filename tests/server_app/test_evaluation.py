@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from client_app.data import Examples
+from client_app.evaluation import reestimate_batch_norm
 from pruning.cost import measure_costs
 from pruning.extract import extract, resize
 from pruning.spec import SubModelSpec
-from server_app.evaluation import CentralEvaluator, reestimate_batch_norm
+from server_app.evaluation import CentralEvaluator
 from zoo import get_model
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from client_app.data import Examples
+from client_app.evaluation import reestimate_batch_norm
 from pruning.gates import Winners, gates_of
 from pruning.gates.norm import compact_norm, masked_norm
-from server_app.evaluation import reestimate_batch_norm
 from zoo import get_model
 
 BATCHES = [([2.0, 4.0], [0]), ([10.0, 30.0], [0, 1]), ([1.0, 5.0], [1])]
