@@ -34,6 +34,7 @@ _LEDGER: tuple[Column, ...] = (
     ("up", False),
     ("compute", False),
     ("links", False),
+    ("engine", False),
     ("waiting", False),
     ("was last", False),
     ("held up", False),
@@ -205,7 +206,8 @@ def _with_table(section: Section, log: RunLog, summary: dict[str, Any]) -> Secti
         ledger = summary["ledger"]
         rows = tuple(_ledger_cells(row) for row in ledger[:MAX_ROWS])
         note = (
-            "Links: download and upload. Held up: how much sooner its rounds would have closed without it. "
+            "Links: download and upload. Engine: what messages took beside (polls, queues, starting processes; none in "
+            "simulation). Held up: how much sooner its rounds would have closed without it. "
             "Merged: of all its replies."
         )
         if len(ledger) > MAX_ROWS:
@@ -226,6 +228,7 @@ def _ledger_cells(row: dict[str, Any]) -> tuple[str, ...]:
         format_bytes(row["upload_bytes"]),
         format_seconds(row["compute_s"]),
         format_seconds(row["download_s"] + row["upload_s"]),
+        format_seconds(row["overhead_s"]),
         format_seconds(row["wait_s"]),
         f"{row['num_times_last']} ×",
         format_seconds(row["held_up_s"]),
@@ -248,6 +251,7 @@ def _ledger_total(ledger: list[dict[str, Any]]) -> tuple[str, ...]:
         format_bytes(total("upload_bytes")),
         format_seconds(total("compute_s")),
         format_seconds(total("download_s") + total("upload_s")),
+        format_seconds(total("overhead_s")),
         format_seconds(total("wait_s")),
         "",
         format_seconds(total("held_up_s")),

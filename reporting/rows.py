@@ -46,7 +46,10 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Arrival:
-    """One reply, or the absence of one. Times lie on the clock of the run; costs are 0 where the log has none."""
+    """One reply, or the absence of one. Times lie on the clock of the run; costs are 0 where the log has none.
+
+    ``overhead_s``: what the engine took beside the update time, 0 in simulation.
+    """
 
     server_round: int
     partition_id: int
@@ -60,6 +63,7 @@ class Arrival:
     compute_s: float = 0.0
     upload_s: float = 0.0
     update_time_s: float = 0.0
+    overhead_s: float = 0.0
     num_examples: int = 0
     loss: float | None = None
     accuracy: float | None = None

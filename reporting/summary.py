@@ -264,6 +264,7 @@ def _ledger_row(client: ClientInfo, rows: Sequence[Arrival], wait_s: float, last
         "compute_s": sum(row.compute_s for row in rows),
         "upload_s": sum(row.upload_s for row in rows),
         "update_time_s": sum(row.update_time_s for row in rows),
+        "overhead_s": sum(row.overhead_s for row in rows),
         "wait_s": wait_s,
         "num_times_last": len(last),
         "held_up_s": sum(closing.held_up_s for closing in last),
