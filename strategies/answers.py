@@ -168,7 +168,7 @@ def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, 
 
 
 def combined_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row for all requests that one client was sent in one round: costs added, peaks kept, the first fault named."""
+    """One row for all requests that one client was sent in a round: costs added, peaks kept, the first fault named."""
     first = rows[0]
     if len(rows) == 1:
         return first
