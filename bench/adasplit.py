@@ -139,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tables = [table for name in chosen.benchmark for table in tables_of(name, chosen, deadline)]
     for table in tables:
         print_table(table["title"], table["rows"])
-    curves = {name: table["rows"] for table in tables for name in SWEEPS if table["title"].endswith(f": {name}")}
+    sweeps = {name: table["rows"] for table in tables for name in SWEEPS if table["title"].endswith(f": {name}")}
+    curves = {name: rows for name, rows in sweeps.items() if rows}  # none: every run of a knob has failed
     if curves:
         draw(curves, (chosen.out or RESULTS / "adasplit.json").with_suffix(".svg"))
     return finish("adasplit", chosen, {"tables": tables, "budget_hours": chosen.hours}, seeds=seeds_of(chosen))
@@ -217,8 +218,6 @@ def keys_of(case: Case, chosen: argparse.Namespace) -> Keys:
         name, _, _ = case.variant.partition(" ")
         key, values = SWEEPS[name]
         keys[key] = next(value for value in values if f"{name} {value}" == case.variant)
-    if keys["num-clients"] != 5 and case.benchmark == "mixed-cifar":
-        keys["data.partition"] = "label-blocks:2"  # ten clients share a pair
     return keys
 
 
@@ -280,7 +279,7 @@ def mean_spending(runs: Sequence[Spending]) -> Spending:
 
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Accuracy and bandwidth over every knob, a panel each."""
+    """Accuracy and bandwidth over every knob, a panel each; ``curves``: knob -> its rows, at least one."""
     import matplotlib
 
     matplotlib.use("Agg")
