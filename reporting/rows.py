@@ -155,8 +155,8 @@ class Gates:
     """What the gates of dynamic pruning did in one round, the mean over clients.
 
     ``layers``: layer -> statistic -> value in [0, 1], of the layers in which units lost. ``overlaps``: of the winners
-    of any two classes, one row per class; 0 where no client has both. ``dense``: the layers that the plan left ungated;
-    None in logs from before it was written.
+    of any two classes, one row per class; negative where no client has both, 0 in logs from before the two were told
+    apart. ``dense``: the layers that the plan left ungated; None in logs from before it was written.
     """
 
     server_round: int

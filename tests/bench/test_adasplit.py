@@ -70,6 +70,7 @@ def test_every_case_is_a_run_that_can_be_configured(tmp_path):
 @pytest.fixture
 def filled(tmp_path, monkeypatch):
     """A store with an outcome of every case of five rounds and one seed; nothing can be run."""
+    monkeypatch.setenv("MIXED_IMAGES", "60")  # main sets it: back to what it was afterwards
     monkeypatch.setattr(adasplit, "has_data", lambda: True)
     monkeypatch.setattr(adasplit, "carry_out", lambda jobs, workers, deadline: {"some case": "it diverged"})
     store = tmp_path / "store"
