@@ -82,7 +82,7 @@ class SplitServer:
         place: tuple[int, ...] = (0,),
         wants_gradient: bool = False,
     ) -> tuple[float, Tensor | None]:
-        """Train on one batch of one client: mean CE(g(a; U * m(V_i)), y) + lambda * sum m(V_i).
+        """Train on one batch of one client: mean CE(g(a; U * m(V_i)), y) + lambda * sum sigmoid(V_i).
 
         Parameters
         ----------
