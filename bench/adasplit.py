@@ -13,6 +13,7 @@ Equal tuning: every method gets the same three trials of its learning rate, on a
 under Adam where it can (SCAFFOLD and FedNova are defined for SGD and get theirs there). Equal samples, augmentation
 (none) and rounds. Budgets of C3: the largest spending of the compared methods, per benchmark; other temperatures and
 counted bandwidth stand beside. Every run is kept in results/bench/adasplit; one that is there is not repeated.
+``--device`` is the clients': the server's half of split learning works on the CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import RESULTS, finish, print_table, seeds_of
+from bench.common import RESULTS, add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.mixed import has_data
 from bench.runs import STORES, Job, Keys, carry_out, load
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000, help="of a client (default 2000; the paper has 12,000)")
     parser.add_argument("--hours", type=float, default=6.0, help="no run is started after so long")
+    add_device(parser)
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=STORES / "adasplit")
     chosen = parser.parse_args(arguments)
@@ -206,6 +208,7 @@ def keys_of(case: Case, chosen: argparse.Namespace) -> Keys:
         "train.optimizer": optimizer,
         "train.learning-rate": case.rate,
         "train.weight-decay": 1e-5,
+        "train.device": chosen.device,
         "evaluation.where": "federated",
         "evaluation.own-classes": True,
         "evaluation.every": chosen.rounds,

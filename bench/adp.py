@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from bench.common import finish, print_table, seeds_of
+from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.gates import macs_share
 from bench.runs import STORES, Job, Keys, Task, carry_out, has_cifar, load, over_seeds, read
@@ -147,7 +147,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="default: the task's")
     parser.add_argument("--images", type=int, help="of all clients; 0 for all (default: the task's)")
     parser.add_argument("--seeds", type=int, default=0, help="how many (default 3, quick 1)")
-    parser.add_argument("--device", default="cpu", help="of the clients: cpu, cuda or auto (default cpu)")
+    add_device(parser)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=None, help=f"where runs are kept (default {STORES}/adp)")

@@ -38,7 +38,7 @@ class Served:
 
 
 class SplitServer:
-    """Shared server weights, one optimiser for them, and a mask with its own optimiser per client.
+    """Shared server weights, one optimiser for them, and a mask with its own optimiser per client. Works on the CPU.
 
     Parameters
     ----------

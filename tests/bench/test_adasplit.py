@@ -57,13 +57,14 @@ def test_more_clients_than_blocks_share_them_and_fewer_are_refused():
 
 
 def test_every_case_is_a_run_that_can_be_configured(tmp_path):
-    options = type("Options", (), {"rounds": 20})()
+    options = type("Options", (), {"rounds": 20, "device": "auto"})()
     variants = [*ABLATIONS, *(f"{name} {value}" for name, (_, values) in SWEEPS.items() for value in values)]
     cases = [Case("mixed-cifar", method, "", 0, 1e-3, "20x2000") for method in METHODS]
     cases += [Case("mixed-cifar", "adasplit", variant, 0, 1e-3, "20x2000") for variant in variants]
     others = [replace(case, budget="10x1000") for case in cases]
     assert len({case.name for case in [*cases, *others]}) == 2 * len(cases), "an outcome is kept for its own budget"
     flats = [parse(keys_of(case, options)).flat() for case in cases]
+    assert {flat["train.device"] for flat in flats} == {"auto"}
     assert {flat["adasplit.kappa"] for flat in flats if "adasplit.kappa" in flat} == {0.3, 0.45, 0.6, 0.75, 0.9}
 
 
