@@ -138,8 +138,21 @@ def test_the_small_comparison_names_every_method_with_its_score(tmp_path, capsys
     assert all(0 < row["C3 (T 8)"] <= row["accuracy"] <= 1 for row in table["rows"])
 
 
+def test_a_server_keeps_up_with_devices_that_need_as_long_for_a_step_as_it_needs_for_everybodys():
+    found = split_server.keeping_up(0.25, 4, 3, 0)
+    expected = 4 * found["server_step_ms"] / found["client_step_ms"]
+    assert found["device_slowness_kept_up_with"] == pytest.approx(expected)
+    assert found["samples_per_s"] == pytest.approx(1e3 * split_server.BATCH / found["server_step_ms"])
+    assert min(found.values()) > 0
+
+
 @pytest.mark.slow
 def test_the_small_server_benchmark_measures_every_kind_of_mask(tmp_path, capsys):
     record = split_server.main(["--quick", "--out", str(tmp_path / "r.json")])
     assert [row["mask"] for row in record["results"]["rows"]] == ["none", "soft", "hard", "hard, half off"]
+    memory = record["results"]["memory"]
+    verdicts = {
+        (row["peak_above_server"] <= row["bound_on_two_stretches"]): row["verdict"].split()[0] for row in memory
+    }
+    assert verdicts in ({True: "within"}, {False: "ABOVE"}, {True: "within", False: "ABOVE"})
     assert all(row["activations_of_one_stretch"] <= 3 * row["max_upload_bytes"] for row in record["results"]["memory"])
