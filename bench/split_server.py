@@ -27,7 +27,7 @@ from bench.turns import Step, take_turns, typical_s
 from client_app.objectives.half import make_head
 from client_app.objectives.ntxent import nt_xent
 from strategies.split.masks import MaskConfig
-from strategies.split.replay import Replay, Work, held_bytes
+from strategies.split.replay import Replay, Work
 from strategies.split.server import SplitServer
 from wire.message import TrainConfig
 from wire.training import make_saved_optimizer
@@ -185,6 +185,11 @@ def memory_at(bound: int, num_clients: int, width: float, seed: int) -> dict[str
         "peak_above_server": peak,
         "verdict": within(peak, most),
     }
+
+
+def held_bytes(work: Sequence[Work]) -> int:
+    """Bytes of activations that wait for their replay."""
+    return sum(w.activations.numel() * w.activations.element_size() for w in work)
 
 
 def cpu_s_of(call: Callable[[], object]) -> float:
