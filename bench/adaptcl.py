@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, print_table, seeds_of
+from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import STORES, Job, Keys, carry_out, has_cifar, load, over_seeds, read
 from server_app.processes import count_cores
@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these; repeatable")
     parser.add_argument("--ablations", action="store_true", help="all ablations, not only the core methods")
     parser.add_argument("--data-dir", default="data")
+    add_device(parser)
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=STORES / "adaptcl")
     parser.add_argument("--kept", action="store_true", help="run nothing: the tables of what the store has")
@@ -186,6 +187,7 @@ def keys_of(case: Case, options: argparse.Namespace) -> Keys:
     keys: Keys = {
         **task.keys,
         "data.dir": str(Path(options.data_dir).absolute()),
+        "train.device": options.device,
         "fleet.name": f"linear:{case.sigma:g}",
         "seed": case.seed,
         "data.seed": case.seed,

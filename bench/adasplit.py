@@ -13,6 +13,7 @@ Equal tuning: every method gets the same three trials of its learning rate, on a
 under Adam where it can (SCAFFOLD and FedNova are defined for SGD and get theirs there). Equal samples, augmentation
 (none) and rounds. Budgets of C3: the largest spending of the compared methods, per benchmark; other temperatures and
 counted bandwidth stand beside. Every run is kept in results/bench/adasplit; one that is there is not repeated.
+``--device`` is the clients': the server's half of split learning works on the CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import RESULTS, finish, print_table, seeds_of
+from bench.common import RESULTS, add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.mixed import has_data
 from bench.runs import STORES, Job, Keys, carry_out, load
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000, help="of a client (default 2000; the paper has 12,000)")
     parser.add_argument("--hours", type=float, default=6.0, help="no run is started after so long")
+    add_device(parser)
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=STORES / "adasplit")
     chosen = parser.parse_args(arguments)
@@ -139,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tables = [table for name in chosen.benchmark for table in tables_of(name, chosen, deadline)]
     for table in tables:
         print_table(table["title"], table["rows"])
-    curves = {name: table["rows"] for table in tables for name in SWEEPS if table["title"].endswith(f": {name}")}
+    sweeps = {name: table["rows"] for table in tables for name in SWEEPS if table["title"].endswith(f": {name}")}
+    curves = {name: rows for name, rows in sweeps.items() if rows}  # none: every run of a knob has failed
     if curves:
         draw(curves, (chosen.out or RESULTS / "adasplit.json").with_suffix(".svg"))
     return finish("adasplit", chosen, {"tables": tables, "budget_hours": chosen.hours}, seeds=seeds_of(chosen))
@@ -205,6 +208,7 @@ def keys_of(case: Case, chosen: argparse.Namespace) -> Keys:
         "train.optimizer": optimizer,
         "train.learning-rate": case.rate,
         "train.weight-decay": 1e-5,
+        "train.device": chosen.device,
         "evaluation.where": "federated",
         "evaluation.own-classes": True,
         "evaluation.every": chosen.rounds,
@@ -217,8 +221,6 @@ def keys_of(case: Case, chosen: argparse.Namespace) -> Keys:
         name, _, _ = case.variant.partition(" ")
         key, values = SWEEPS[name]
         keys[key] = next(value for value in values if f"{name} {value}" == case.variant)
-    if keys["num-clients"] != 5 and case.benchmark == "mixed-cifar":
-        keys["data.partition"] = "label-blocks:2"  # ten clients share a pair
     return keys
 
 
@@ -280,7 +282,7 @@ def mean_spending(runs: Sequence[Spending]) -> Spending:
 
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Accuracy and bandwidth over every knob, a panel each."""
+    """Accuracy and bandwidth over every knob, a panel each; ``curves``: knob -> its rows, at least one."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -29,14 +29,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, print_table, seeds_of
+import torch
+
+from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
+from bench.gates import macs_share
 from bench.runs import STORES, Job, Keys, Task, carry_out, has_cifar, load, over_seeds, read
+from pruning.gates import gates_of
 from server_app.processes import count_cores
+from strategies.adp import ADPConfig
+from zoo import get_model
 
 PARTITIONS = ("dirichlet:0.1", "dirichlet:0.5", "iid")
 DENSITIES = (1.0, 0.7, 0.5, 0.3)
@@ -92,6 +98,8 @@ QUICK = Task(
     400,
 )
 TASKS = {task.name: task for task in (CIFAR, SMALL)}
+IMAGES = {CIFAR.name: (3, 32), SMALL.name: (3, 16), QUICK.name: (1, 8)}
+"""Task -> channels of its images, and their size in pixels."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -116,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
                 rows = tabulate(runs)
                 tables.append({"task": task.name, "base": base, "partition": partition, **budget, "rows": rows})
                 print_table(f"{task.name} · {base} · {partition} · {options.rounds} rounds", rows)
-    claims = judge(tables)
+    claims = judge(tables, lambda density: inference_share(task, options.width, density))
     print_table("claims beside what was found", claims)
     return finish("adp", options, {"tables": tables, "claims": claims}, seeds=seeds_of(options))
 
@@ -139,7 +147,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="default: the task's")
     parser.add_argument("--images", type=int, help="of all clients; 0 for all (default: the task's)")
     parser.add_argument("--seeds", type=int, default=0, help="how many (default 3, quick 1)")
-    parser.add_argument("--device", default="cpu", help="of the clients: cpu, cuda or auto (default cpu)")
+    add_device(parser)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=None, help=f"where runs are kept (default {STORES}/adp)")
@@ -308,18 +316,44 @@ def total(curve: Sequence[Mapping[str, float]], key: str) -> float:
     return sum(point[key] for point in curve)
 
 
-def judge(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The paper's communication claim beside every pruned variant that was run, in all three countings."""
+def inference_share(task: Task, width: float, density: float) -> float:
+    """Multiply-accumulates of one image's inference, predictors included, as a share of the net's without gates.
+
+    It depends on shapes alone: how many units win is given, whichever they are.
+    """
+    channels, size = IMAGES[task.name]
+    own_width = float(task.keys.get("model.width", 1.0)) if width == 1 else width
+    model, _ = get_model(str(task.keys["model.name"]), 10, channels, size, width=own_width, gates=True)
+    gates_of(model).configure("sample", compact=True).set_density(density)
+    return macs_share(model, torch.zeros(1, channels, size, size))
+
+
+def judge(tables: Sequence[Mapping[str, Any]], share_of: Callable[[float], float]) -> list[dict[str, Any]]:
+    """The paper's claims beside every pruned variant that was run; communication in all three countings.
+
+    Parameters
+    ----------
+    share_of : density -> inference MACs of the net with gates, as a share of the dense net's.
+    """
     found = []
     for table in tables:
         for row in table["rows"]:
-            if row["variant"] not in (PLAIN, UNPRUNED):
-                ways = {way: row[f"{way} bytes to it, first hit"] for way in ("authors'", "salient", "wire")}
-                where = f"{table['base']}, {table['partition']}, {row['variant']}"
-                found.append(
-                    {"where": where, "claimed": CLAIMED["communication"], **ways, "last upload": row["last upload"]}
-                    | {"lost points": row["lost points"]}
-                )
+            name = row["variant"]
+            if name in (PLAIN, UNPRUNED):
+                continue
+            density = float(name.removeprefix("d=")) if name.startswith("d=") else ADPConfig().density
+            ways = {way: row[f"{way} bytes to it, first hit"] for way in ("authors'", "salient", "wire")}
+            found.append(
+                {
+                    "where": f"{table['base']}, {table['partition']}, {name}",
+                    "claimed communication": CLAIMED["communication"],
+                    **ways,
+                    "last upload": row["last upload"],
+                    "lost points": row["lost points"],
+                    "claimed inference MACs": CLAIMED["inference MACs"],
+                    "inference MACs": None if name in GATELESS else share_of(density) - 1,
+                }
+            )
     return found
 
 

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, print_table, seeds_of
+from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import NUM_POINTS, STORES, Job, Keys, Task, carry_out, has_cifar, load, over_seeds, read
 from reporting.log import read_events
@@ -117,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         print(f"no CIFAR-10 in {options.data_dir}: give --data-dir with cifar10.npz or torchvision's files, or --quick")
         return None
     num_rounds, num_images = options.rounds or task.num_rounds, options.images or task.num_images
-    task = Task(task.name, {**task.keys, "data.dir": options.data_dir}, num_rounds, num_images)
+    keys: Keys = {**task.keys, "data.dir": options.data_dir, "train.device": options.device}
+    task = Task(task.name, keys, num_rounds, num_images)
     methods = list(dict.fromkeys([FIRST, *(options.method or METHODS)]))
     seeds = seeds_of(options)
     failed = carry_out([job_of(task, FIRST, seed, options.store) for seed in seeds], options.workers)
@@ -149,6 +150,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=0, help="to train on (default: the task's)")
     parser.add_argument("--seeds", type=int, default=0, help="how many (default 3, quick 1)")
     parser.add_argument("--data-dir", default="data")
+    add_device(parser)
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--store", type=Path, default=None, help=f"where runs are kept (default {STORES}/baselines)")
     options = parser.parse_args(arguments)

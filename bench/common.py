@@ -38,6 +38,11 @@ def options(name: str, text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where clients train: goes into ``train.device`` of every run."""
+    parser.add_argument("--device", default="cpu", help="of the clients: cpu, cuda or auto (default cpu)")
+
+
 def environment() -> dict[str, Any]:
     """Versions and the class of machine; nothing that names the machine."""
     versions = {"python": platform.python_version()}

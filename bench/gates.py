@@ -1,6 +1,6 @@
 """What dynamic pruning is worth in seconds: training steps and inference, whole, masked and compact, on one thread.
 
-    python -m bench.gates                     # ResNet-32, one four times wider, VGG-16; about ten minutes
+    python -m bench.gates                     # ResNet-32, one four times wider, VGG-16; about twelve minutes
     python -m bench.gates --nets resnet32 --density 0.3
     python -m bench.gates --quick
 
@@ -8,7 +8,9 @@ All variants of a comparison take turns in one process, so that a busy machine d
 of each one's CPU times counts. The dense net runs in both memory formats: ``speed_up`` is against the dense net in the
 same format (channels last, the format that compact convolutions want, and in which colour images come to every client),
 ``over_plain`` against it in PyTorch's default format. Inference: normalisations are folded into convolutions on both
-sides. *Planned*: layers in which gating was measured not to pay are left dense.
+sides. *Planned*: layers in which gating was measured not to pay are left dense. Seconds alone are compared: a plan has
+to be in force while the net is trained, for without a layer's gate it is another function. A batch of one is trained
+with winners per sample.
 """
 
 from __future__ import annotations
@@ -39,6 +41,13 @@ TARGETS = {
     ("resnet32 x4", "training", 64): 1.7,
     ("resnet32 x4", "inference", 64): 1.7,
 }
+SIZE = 32
+"""Pixels; with fewer, VGG's last normalisation would have one value per channel in a batch of one."""
+SHARED = {
+    "training": (("batch", "group 2", "group 4"), ("batch", "group 2")),
+    "inference": (("batch", "group 4", "sample"), ("batch", "sample")),
+}
+"""Task -> who shares winners in compact execution, and with a plan; a batch of one shares with nobody."""
 FLOOR = 0.95
 """A planned net is never slower than this share of the dense one."""
 
@@ -49,17 +58,17 @@ def main() -> dict[str, Any]:
     parser.add_argument("--nets", nargs="+", help=f"of {', '.join(NETS)}")
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--turns", type=int, default=7, help="of each comparison (default 7)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="of inference; training takes the last")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="(default 1 64)")
     arguments = parser.parse_args()
-    known, size = (QUICK, 16) if arguments.quick else (NETS, 32)
+    known = QUICK if arguments.quick else NETS
     if arguments.quick:
         arguments.turns, arguments.batches = 2, [1, 8]
     names = arguments.nets or list(known)
     torch.set_num_threads(1)
     rows = []
     for name in names:
-        for what, batch in [("training", arguments.batches[-1]), *(("inference", b) for b in arguments.batches)]:
-            found = compare(name, known[name], what, batch, size, arguments)
+        for what, batch in [(what, batch) for what in SHARED for batch in arguments.batches]:
+            found = compare(name, known[name], what, batch, SIZE, arguments)
             print_table(f"{name}, {what}, batch {batch}, density {arguments.density:g}", found)
             rows += found
     targets = judge(rows)
@@ -80,10 +89,10 @@ def compare(
     gated = build(net, arguments)
     variants: dict[str, tuple[nn.Module, Tensor]] = {"dense, plain": (dense, plain), "dense": (copy.deepcopy(dense), x)}
     variants["masked"] = (configured(gated, "batch", compact=False), x)
-    shares = ["batch", "group 2", "group 4"] if is_training else ["batch", "group 4", "sample"]
-    for share in shares if batch > 1 else ["sample"]:
+    compact, plans = SHARED[what] if batch > 1 else (("sample",), ("sample",))
+    for share in compact:
         variants[f"compact, {share}"] = (configured(gated, share), x)
-    for share in ("batch", "group 2") if is_training else ("batch", "sample") if batch > 1 else ("sample",):
+    for share in plans:
         variants[f"planned, {share}"] = (planned(gated, share, x, is_training), x)
     macs = {label: macs_share(model, images) for label, (model, images) in variants.items() if "dense" not in label}
     layers = {

@@ -145,6 +145,7 @@ def of_methods() -> list[dict[str, Any]]:
         for row in split["results"]["rows"][1:]:
             what = f"AdaSplit's server step, masks {row['mask']} / without"
             rows.append({"what": what, "found": f"{row['ratio_to_unmasked']:.2f} of the samples a second (aim: .70)"})
+        rows += of_server(split["results"])
     if speed := load("cos2p_speed"):
         for phase in ("weights", "masks"):
             found = [row["ratio"] for row in speed["results"]["rows"] if row["phase"] == phase]
@@ -156,6 +157,20 @@ def of_methods() -> list[dict[str, Any]]:
         memory = f"server {run['server_gib']:.1f} GiB, client {run['client_gib']:.1f} GiB"
         merging = f"merging 16 {run['merge_cpu_s_16']:.1f} CPU-s"
         rows.append({"what": what, "found": f"{run['wall_s'] / 60:.1f} minutes, {memory}, {merging}"})
+    return rows
+
+
+def of_server(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a server of split learning keeps up with and holds; records from before this was measured say nothing."""
+    rows, crowd = [], results["crowd"]
+    if (slowness := crowd.get("device_slowness_kept_up_with")) is not None:
+        what = f"AdaSplit's server keeps up with {crowd['clients']} clients that upload every batch, on devices"
+        rows.append({"what": what, "found": f"{slowness:.0f} times slower than its core"})
+    for row in results["memory"]:
+        if "verdict" in row:
+            share = row["peak_above_server"] / row["bound_on_two_stretches"]
+            what = f"memory for uploads of {row['max_upload_bytes'] / 2**20:g} MiB from {row['clients']} clients"
+            rows.append({"what": f"{what} / two of each", "found": f"{share:.2f} (aim: at most 1)"})
     return rows
 
 

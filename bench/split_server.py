@@ -6,10 +6,15 @@
 The LeNet-like model of AdaSplit, cut behind its first layer, batches of 32. *Masked replay* is a step of the shared
 weights and of one client's mask; the *unmasked step* is the same server without masks. Steps of different kinds take
 turns, and the fastest half of each counts, so that other work on the machine touches them alike.
+
+Clients are kept up with while one step of theirs takes as long as the server's steps for all of them. A client's step,
+half and head on a loss of its own, is timed in the same process: what comes out is how much slower than this core
+devices have to be, where every client uploads every batch (eta 1).
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,12 +22,15 @@ from typing import Any
 
 import torch
 
-from bench.common import finish, in_fresh_process, options, peak_bytes, print_table, settle
+from bench.common import finish, in_fresh_process, options, peak_bytes, print_table, settle, within
 from bench.turns import Step, take_turns, typical_s
+from client_app.objectives.half import make_head
+from client_app.objectives.ntxent import nt_xent
 from strategies.split.masks import MaskConfig
-from strategies.split.replay import Replay, Work, held_bytes
+from strategies.split.replay import Replay, Work
 from strategies.split.server import SplitServer
 from wire.message import TrainConfig
+from wire.training import make_saved_optimizer
 from zoo import get_model
 from zoo.cut import CutModel, cut_model, smashed_shape
 
@@ -51,12 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return finish("split_server", parsed, {"rows": rows, "crowd": crowd, "memory": memory})
 
 
-def make(kind: str, width: float, seed: int) -> tuple[SplitServer, tuple[int, ...]]:
-    """A server's half, and the shape of one sample's activations."""
+def lenet(width: float, seed: int) -> tuple[CutModel, dict[str, torch.Tensor]]:
+    """The model, cut, and its first weights."""
     torch.manual_seed(seed)
     full, _ = get_model("lenet", 10, IMAGE[0], IMAGE[1], width=width)
     state = {key: tensor.clone() for key, tensor in full.state_dict().items()}
-    cut: CutModel = cut_model(full.to("meta"), CUT)
+    return cut_model(full.to("meta"), CUT), state
+
+
+def make(kind: str, width: float, seed: int) -> tuple[SplitServer, tuple[int, ...]]:
+    """A server's half, and the shape of one sample's activations."""
+    cut, state = lenet(width, seed)
     return SplitServer(cut, state, MaskConfig(kind=kind), TRAIN), smashed_shape(cut.client, IMAGE)
 
 
@@ -101,22 +114,44 @@ def is_fast(ratio: float) -> bool:
 
 
 def keeping_up(width: float, num_clients: int, num_rounds: int, seed: int) -> dict[str, Any]:
-    """Replay of many clients with a mask each: does a step slow down when masks do not fit any cache?"""
+    """Replay of many clients with a mask each, whose masks fit no cache, and how slow devices that keeps up with."""
     server, shape = make("soft", width, seed)
     generator = torch.Generator().manual_seed(seed)
-    seconds = []
+    seconds, own, step = [], [], client_step(width, seed)
     for number in range(num_rounds):
         work = [Work(number, pid, *batch(shape, generator)) for pid in range(num_clients)]
         replay = Replay(server, seed)
         replay.put(work, 1e-4, number)
         seconds.append(cpu_s_of(replay.finish))
-    per_step = min(seconds[1:]) / num_clients
+        own += [cpu_s_of(step) for _ in range(5)]
+    server_s, client_s = min(seconds[1:]) / num_clients, min(own[1:])
     return {
         "clients": num_clients,
-        "samples_per_s": BATCH / per_step,
+        "samples_per_s": BATCH / server_s,
         "mask_mb_per_client": 12 * len(server.weights) / 1e6,  # logits and Adam's two moments
-        "clients_kept_up_with_at_10_samples_per_s": int(BATCH / per_step / 10),
+        "server_step_ms": 1e3 * server_s,
+        "client_step_ms": 1e3 * client_s,
+        "device_slowness_kept_up_with": num_clients * server_s / client_s,
     }
+
+
+def client_step(width: float, seed: int) -> Step:
+    """One step of a client's half and head on its contrastive loss."""
+    cut, state = lenet(width, seed)
+    part = copy.deepcopy(cut.client).to_empty(device="cpu")
+    part.load_state_dict({key: state[key] for key in part.state_dict()})
+    head = make_head(smashed_shape(cut.client, IMAGE))
+    optimizer = make_saved_optimizer(TRAIN, [*part.parameters(), *head.parameters()], TRAIN.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(BATCH, *IMAGE, generator=generator), torch.randint(2, (BATCH,), generator=generator)
+
+    def run() -> None:
+        loss = nt_xent(head(part(x)), y, 0.07)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return run
 
 
 def memory_at(bound: int, num_clients: int, width: float, seed: int) -> dict[str, Any]:
@@ -141,13 +176,20 @@ def memory_at(bound: int, num_clients: int, width: float, seed: int) -> dict[str
         replay.start()
     replay.collect()
     replay.close()
+    peak, most = peak_bytes() - before, 2 * num_clients * bound
     return {
         "max_upload_bytes": bound,
         "clients": num_clients,
         "activations_of_one_stretch": largest,
-        "bound_on_two_stretches": 2 * num_clients * bound,
-        "peak_above_server": peak_bytes() - before,
+        "bound_on_two_stretches": most,
+        "peak_above_server": peak,
+        "verdict": within(peak, most),
     }
+
+
+def held_bytes(work: Sequence[Work]) -> int:
+    """Bytes of activations that wait for their replay."""
+    return sum(w.activations.numel() * w.activations.element_size() for w in work)
 
 
 def cpu_s_of(call: Callable[[], object]) -> float:

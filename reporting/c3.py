@@ -5,13 +5,19 @@
 (AdaSplit, arXiv 2112.01637.) A is the accuracy in [0, 1], B the bytes both ways, C the clients' multiply-accumulates,
 B_max and C_max the budgets, T a temperature: the larger, the less costs matter. The order of methods depends on T, so
 several are shown.
+
+Bandwidth is known twice. On the wire: all tensors of every message, both ways. Counted, as AdaSplit's authors do: four
+bytes for every activation that goes up (of AdaSplit: that is not zero) and for every entry of a gradient that comes
+down. Labels and step numbers are not counted, nor are weights beside activations: the clients' halves of SL-basic,
+SplitFed and ``client-sync`` are on the wire only. A client and round without any activation or gradient counts as on
+the wire, and so does every method that sends weights instead.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -33,16 +39,27 @@ class Budgets:
     ----------
     max_bytes : B_max, both ways together.
     max_macs : C_max, of all clients together.
+    max_counted_bytes : B_max of counted bytes; None for that of the wire.
     """
 
     max_bytes: float
     max_macs: float
+    max_counted_bytes: float | None = None
 
     def __post_init__(self) -> None:
         """Check every range."""
-        for name, value in (("max-bytes", self.max_bytes), ("max-macs", self.max_macs)):
+        for name, value in (
+            ("max-bytes", self.max_bytes),
+            ("max-macs", self.max_macs),
+            ("max-counted-bytes", self.counted_budget),
+        ):
             if not (math.isfinite(value) and value > 0):
                 raise C3Error(f"c3: {name}: got {value!r}, expected a positive number")
+
+    @property
+    def counted_budget(self) -> float:
+        """B_max of counted bytes."""
+        return self.max_bytes if self.max_counted_bytes is None else self.max_counted_bytes
 
 
 @dataclass(frozen=True)
@@ -53,8 +70,7 @@ class Spending:
     ----------
     accuracy : in [0, 1].
     total_bytes : on the wire, both ways, training only.
-    counted_bytes : the same with four bytes for every activation that is not zero; ``total_bytes`` for methods that
-        send weights.
+    counted_bytes : the same as the authors count them, see above; ``total_bytes`` for methods that send weights.
     train_macs : of all clients, forward and backward.
     """
 
@@ -67,7 +83,7 @@ class Spending:
 def c3_score(
     accuracy: float, num_bytes: float, macs: float, budgets: Budgets, temperature: float = TEMPERATURE
 ) -> float:
-    """The score of one run.
+    """The score of one run, ``num_bytes`` measured against ``max_bytes``.
 
     Raises
     ------
@@ -105,20 +121,30 @@ def spending_of(log: RunLog) -> Spending | None:
 
 
 def budgets_of(runs: Sequence[Spending], max_bytes: float | None = None, max_macs: float | None = None) -> Budgets:
-    """The budgets that were given; what was not, is the largest of the compared runs' costs."""
-    return Budgets(
-        max_bytes if max_bytes is not None else max((run.total_bytes for run in runs), default=0.0) or 1.0,
-        max_macs if max_macs is not None else max((run.train_macs for run in runs), default=0.0) or 1.0,
-    )
+    """The budgets that were given; what was not, is the largest of the compared runs' costs.
+
+    A budget of bytes that was given is that of counted bytes too: so much may cross, however it is counted.
+    """
+    if max_bytes is not None:
+        wire, counted = max_bytes, None
+    else:
+        wire = max((run.total_bytes for run in runs), default=0.0) or 1.0
+        counted = max((run.counted_bytes for run in runs), default=0.0) or 1.0
+    macs = max_macs if max_macs is not None else max((run.train_macs for run in runs), default=0.0) or 1.0
+    return Budgets(wire, macs, counted)
 
 
 def scores(run: Spending, budgets: Budgets) -> Mapping[str, float]:
-    """The scores at every temperature, as ``c3_t8``, and with counted bytes, as ``c3_counted_t8``."""
+    """The scores at every temperature, as ``c3_t8``, and with counted bytes, as ``c3_counted_t8``.
+
+    Each kind of bytes is measured against the budget of its own kind.
+    """
+    counted = replace(budgets, max_bytes=budgets.counted_budget)
     found = {}
     for temperature in TEMPERATURES:
         found[f"c3_t{temperature:g}"] = c3_score(run.accuracy, run.total_bytes, run.train_macs, budgets, temperature)
         found[f"c3_counted_t{temperature:g}"] = c3_score(
-            run.accuracy, run.counted_bytes, run.train_macs, budgets, temperature
+            run.accuracy, run.counted_bytes, run.train_macs, counted, temperature
         )
     return found
 
@@ -132,4 +158,8 @@ def score_runs(
     for run, item in zip(runs, spent, strict=True):
         run["c3"] = dict(scores(item, budgets)) if item is not None else None
         run["counted_bytes"] = item.counted_bytes if item is not None else None
-    return {"c3_max_bytes": budgets.max_bytes, "c3_max_macs": budgets.max_macs}
+    return {
+        "c3_max_bytes": budgets.max_bytes,
+        "c3_max_counted_bytes": budgets.counted_budget,
+        "c3_max_macs": budgets.max_macs,
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reporting.c3 import TEMPERATURE
+from reporting.c3 import TEMPERATURE, TEMPERATURES
 from reporting.curve import Point
 from reporting.page import Column, Section, fill
 from reporting.style import CYCLE, DASHES, clean, render, style
@@ -40,6 +40,7 @@ def format_page(numbers: dict[str, Any], curves: Sequence[Sequence[Point]]) -> s
         Section("overview", "Overview", None, columns, rows, table_note=_explain(numbers)),
         Section("curves", "Accuracy over rounds, time and bytes", _draw(labels, curves, numbers)),
         _targets_section(numbers),
+        _c3_section(numbers),
         _settings_section(numbers),
     ]
     first = numbers["runs"][0]
@@ -114,6 +115,31 @@ def _targets_section(numbers: dict[str, Any]) -> Section:
         for row in (run["targets"][index],)
     ]
     return Section("targets", "Time to accuracy", None, columns, tuple(rows))
+
+
+def _c3_section(numbers: dict[str, Any]) -> Section:
+    """The score at every temperature, with bytes on the wire and as they are counted: the order depends on both."""
+    columns: list[Column] = [("run", True), ("bytes", False), ("counted", False), ("MACs", False)]
+    for kind in ("", ", counted"):
+        columns += [(f"T = {temperature:g}{kind}", False) for temperature in TEMPERATURES]
+    rows = []
+    for run in numbers["runs"]:
+        cells = [run["label"], format_bytes(run["download_bytes"] + run["upload_bytes"])]
+        cells += [format_bytes(run["counted_bytes"]), format_count(run["train_macs"])]
+        for kind in ("c3_t", "c3_counted_t"):
+            cells += [_score(run, f"{kind}{temperature:g}") for temperature in TEMPERATURES]
+        rows.append(tuple(cells))
+    note = (
+        f"Accuracy times exp(-(bytes / budget + MACs / {format_count(numbers['c3_max_macs'])}) / T). Budgets of bytes: "
+        f"{format_bytes(numbers['c3_max_bytes'])}; counted: {format_bytes(numbers['c3_max_counted_bytes'])}. "
+        "Counted, of split learning: four bytes for every activation sent (of AdaSplit, that is not 0) and for every "
+        "entry of a gradient that comes down."
+    )
+    return Section("c3", "C3-Score", None, tuple(columns), tuple(rows), table_note=note)
+
+
+def _score(run: dict[str, Any], name: str) -> str:
+    return MISSING if run["c3"] is None else f"{run['c3'][name]:.3f}"
 
 
 def _settings_section(numbers: dict[str, Any]) -> Section:
@@ -215,7 +241,7 @@ def _overview(numbers: dict[str, Any]) -> tuple[tuple[Column, ...], tuple[tuple[
         cells += [
             format_bytes(run["download_bytes"] + run["upload_bytes"]),
             format_count(run["train_macs"]),
-            MISSING if run["c3"] is None else f"{run['c3'][f'c3_t{TEMPERATURE:g}']:.3f}",
+            _score(run, f"c3_t{TEMPERATURE:g}"),
             format_percent(run["straggler_wait_ratio"], 0),
         ]
         rows.append(tuple(cells))

@@ -5,6 +5,7 @@ Functions of a ``View`` that return a ``Picture``, or None where the log has not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from statistics import fmean, median
 
@@ -42,7 +43,8 @@ def draw_gates(view: View) -> Picture | None:
     notes = [
         "Means over clients. Entropy: of how often each unit wins, as a share of what equal frequencies have. Overlap: "
         "of two classes' winners, 1 where they are the same, blank where no client has both. Agreement: of a sample's "
-        "own winners with those that it was given together with others. Never used: won for no sample of a client."
+        "own winners with those that it was given together with others. Never used: won for no sample of a "
+        "client in the round."
     ]
     if len(last.layers) > MAX_LAYERS:
         notes.append(f"The first {MAX_LAYERS} of {len(last.layers)} layers are drawn.")
@@ -119,8 +121,10 @@ def _draw_layers(ax: Axes, row: Gates) -> None:
 
 def _draw_overlaps(ax: Axes, row: Gates) -> None:
     size = len(row.overlaps)
-    table = [[*line[:size], *[0.0] * (size - len(line))] for line in row.overlaps]
-    shown = [[value or float("nan") for value in line] for line in table]  # 0: no client has both classes
+    table = [[*line[:size], *[-1.0] * (size - len(line))] for line in row.overlaps]
+    # A class overlaps with itself wholly: a 0 there is an older log's, in which 0 stood for no client with both.
+    is_old = any(table[i][i] == 0 for i in range(size))
+    shown = [[float("nan") if value < 0 or (is_old and not value) else value for value in line] for line in table]
     ax.pcolormesh(shown, cmap=AMOUNT, vmin=0, vmax=1, edgecolors=SURFACE, linewidth=0.6)
     ticks = [x + 0.5 for x in range(size)]
     ax.set_xticks(ticks, [str(x) for x in range(size)], fontsize=6.5)
@@ -129,7 +133,7 @@ def _draw_overlaps(ax: Axes, row: Gates) -> None:
     ax.invert_yaxis()
     ax.spines[:].set_visible(False)
     hide_grid(ax)
-    apart = [table[a][b] for a in range(size) for b in range(size) if a != b and table[a][b]]
+    apart = [shown[a][b] for a in range(size) for b in range(size) if a != b and not math.isnan(shown[a][b])]
     ax.set_title(f"overlap of classes, mean {format_percent(fmean(apart), 0)}" if apart else "overlap of classes")
 
 

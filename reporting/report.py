@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from reporting.figures import draw_all
 from reporting.log import EVENTS_FILE, RunLog, read_events
@@ -25,6 +25,8 @@ REPORT_FILE = "report.html"
 MAX_ROWS = 1000
 MAX_WARNINGS = 30
 
+T = TypeVar("T")
+
 _LEDGER: tuple[Column, ...] = (
     ("client", False),
     ("device", True),
@@ -35,6 +37,7 @@ _LEDGER: tuple[Column, ...] = (
     ("compute", False),
     ("links", False),
     ("busy", False),
+    ("engine", False),
     ("waiting", False),
     ("was last", False),
     ("held up", False),
@@ -204,15 +207,23 @@ def _with_table(section: Section, log: RunLog, summary: dict[str, Any]) -> Secti
         )
     if section.name == "ledger":
         ledger = summary["ledger"]
-        rows = tuple(_ledger_cells(row) for row in ledger[:MAX_ROWS])
+        has_engine = any(row["overhead_s"] for row in ledger)  # simulations have none
         note = (
             "Links: download and upload. Busy: share of the run's time. Held up: how much sooner its rounds would have "
             "closed without it. Merged: of all its replies."
         )
+        if has_engine:
+            note += " Engine: what messages took beside (polls, queues, starting processes)."
         if len(ledger) > MAX_ROWS:
             note += f" The first {MAX_ROWS} of {len(ledger)} clients; all are in summary.json."
-        total = _ledger_total(ledger, summary["utilisation_ratio"])
-        return Section(section.name, section.title, section.picture, _LEDGER, rows, total, note)
+
+        def shown(cells: tuple[T, ...]) -> tuple[T, ...]:
+            named = zip(cells, _LEDGER, strict=True)
+            return tuple(cell for cell, (name, _) in named if has_engine or name != "engine")
+
+        rows = tuple(shown(_ledger_cells(row)) for row in ledger[:MAX_ROWS])
+        total = shown(_ledger_total(ledger, summary["utilisation_ratio"]))
+        return Section(section.name, section.title, section.picture, shown(_LEDGER), rows, total, note)
     return section
 
 
@@ -229,6 +240,7 @@ def _ledger_cells(row: dict[str, Any]) -> tuple[str, ...]:
         format_seconds(row["compute_s"]),
         format_seconds(row["download_s"] + row["upload_s"]),
         format_percent(row["utilisation_ratio"], 0),
+        format_seconds(row["overhead_s"]),
         format_seconds(row["wait_s"]),
         f"{row['num_times_last']} ×",
         format_seconds(row["held_up_s"]),
@@ -252,6 +264,7 @@ def _ledger_total(ledger: list[dict[str, Any]], utilisation_ratio: float | None)
         format_seconds(total("compute_s")),
         format_seconds(total("download_s") + total("upload_s")),
         format_percent(utilisation_ratio, 0),
+        format_seconds(total("overhead_s")),
         format_seconds(total("wait_s")),
         "",
         format_seconds(total("held_up_s")),

@@ -46,7 +46,10 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Arrival:
-    """One reply, or the absence of one. Times lie on the clock of the run; costs are 0 where the log has none."""
+    """One reply, or the absence of one. Times lie on the clock of the run; costs are 0 where the log has none.
+
+    ``overhead_s``: what the engine took beside the update time, 0 in simulation.
+    """
 
     server_round: int
     partition_id: int
@@ -60,6 +63,7 @@ class Arrival:
     compute_s: float = 0.0
     upload_s: float = 0.0
     update_time_s: float = 0.0
+    overhead_s: float = 0.0
     num_examples: int = 0
     loss: float | None = None
     accuracy: float | None = None
@@ -158,8 +162,8 @@ class Gates:
     """What the gates of dynamic pruning did in one round, the mean over clients.
 
     ``layers``: layer -> statistic -> value in [0, 1], of the layers in which units lost. ``overlaps``: of the winners
-    of any two classes, one row per class; 0 where no client has both. ``dense``: the layers that the plan left ungated;
-    None in logs from before it was written.
+    of any two classes, one row per class; negative where no client has both, 0 in logs from before the two were told
+    apart. ``dense``: the layers that the plan left ungated; None in logs from before it was written.
     """
 
     server_round: int

@@ -269,6 +269,7 @@ def _ledger_row(
         "upload_s": sum(row.upload_s for row in rows),
         "update_time_s": sum(row.update_time_s for row in rows),
         "utilisation_ratio": utilisation(sum(row.update_time_s for row in rows), 1, total_time_s),
+        "overhead_s": sum(row.overhead_s for row in rows),
         "wait_s": wait_s,
         "num_times_last": len(last),
         "held_up_s": sum(closing.held_up_s for closing in last),

@@ -2,8 +2,8 @@
 
 Client i learns f_i from a local supervised NT-Xent loss; for the first floor(kappa R) rounds nothing crosses the
 network. Then a bandit picks k = max(1, round(eta N)) clients at a time, whose activations a = f_i(x) train the server:
-mean CE(g(a; U * m(V_i)), y) + lambda * sum m(V_i), with U shared and V_i the client's own. What is the paper's and what
-is ours: docs/fidelity.md.
+mean CE(g(a; U * m(V_i)), y) + lambda * sum sigmoid(V_i), with U shared and V_i the client's own. What is the paper's
+and what is ours: docs/fidelity.md.
 """
 
 from __future__ import annotations

@@ -18,10 +18,13 @@ from strategies.setting import Progress
 from wire.message import Report, State, payload_bytes
 
 ADDED = (
-    *("download_s", "compute_s", "upload_s", "update_time_s", "download_bytes", "upload_bytes"),
+    *("download_s", "compute_s", "upload_s", "update_time_s", "overhead_s", "download_bytes", "upload_bytes"),
     *("train_macs", "measured_compute_s", "counted_bytes", "dense_bytes"),
 )
 """Fields of an arrival's row that add up over the requests of a round."""
+
+LARGEST = ("peak_memory_bytes",)
+"""Fields of which the largest of the requests counts."""
 
 
 class ReportError(ValueError):
@@ -165,15 +168,16 @@ def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, 
 
 
 def combined_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row for all requests that one client was sent in one round: costs added, the first fault named."""
+    """One row for all requests that one client was sent in a round: costs added, peaks kept, the first fault named."""
     first = rows[0]
     if len(rows) == 1:
         return first
     bad = next((row for row in rows if row["status"] != "merged"), None)
     total = {key: sum(row.get(key, 0) for row in rows) for key in ADDED if any(key in row for row in rows)}
+    peaks = {key: max(row.get(key, 0) for row in rows) for key in LARGEST if any(key in row for row in rows)}
     what = {key: bad[key] for key in ("status", "reason")} if bad else {}
     latest = {key: value for row in rows for key, value in row.items()}
-    return {**latest, **what, **total, "start_s": first["start_s"], "num_requests": len(rows)}
+    return {**latest, **what, **total, **peaks, "start_s": first["start_s"], "num_requests": len(rows)}
 
 
 def merge_row(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.gates import MARGIN, OVERLAPS, PLAN, SALIENCE, STATISTICS, STATISTICS_OF
+from pruning.gates import ABSENT, MARGIN, OVERLAPS, PLAN, SALIENCE, STATISTICS, STATISTICS_OF
 from wire.message import State
 
 
@@ -17,21 +17,22 @@ class GateRowError(ValueError):
 
 
 def check_evidence(companions: State, sizes: Sequence[int]) -> None:
-    """Raise ``GateRowError`` unless salience and statistics fit groups of ``sizes`` units."""
-    salience = companions.get(SALIENCE)
-    if salience is None or tuple(salience.shape) != (sum(sizes),) or not salience.is_floating_point():
-        got = "none" if salience is None else f"{salience.dtype} {tuple(salience.shape)}"
-        raise GateRowError(f"report: its salience should be real with shape ({sum(sizes)},), got {got}")
-    expected = {STATISTICS_OF: (len(sizes), len(STATISTICS))}
+    """Raise ``GateRowError`` unless salience is there and everything else fits groups of ``sizes`` units."""
+    num_layers, overlaps = len(sizes), companions.get(OVERLAPS)
+    num_classes = len(overlaps) if overlaps is not None and overlaps.dim() else 0
+    expected = {
+        SALIENCE: (sum(sizes),),
+        STATISTICS_OF: (num_layers, len(STATISTICS)),
+        OVERLAPS: (num_classes, num_classes),
+        PLAN: (num_layers, 2),
+    }
+    if SALIENCE not in companions:
+        raise GateRowError(f"report: {SALIENCE!r} is missing; it has {sorted(companions)}")
     for name, shape in expected.items():
-        if name in companions and tuple(companions[name].shape) != shape:
-            raise GateRowError(f"report: {name!r} should have shape {shape}, got {tuple(companions[name].shape)}")
-    overlaps = companions.get(OVERLAPS)
-    if overlaps is not None and (overlaps.dim() != 2 or overlaps.shape[0] != overlaps.shape[1]):
-        raise GateRowError(f"report: {OVERLAPS!r} should be a square, got {tuple(overlaps.shape)}")
-    times = companions.get(PLAN)
-    if times is not None and tuple(times.shape) != (len(sizes), 2):
-        raise GateRowError(f"report: {PLAN!r} should have shape {(len(sizes), 2)}, got {tuple(times.shape)}")
+        found = companions.get(name)
+        if found is not None and (tuple(found.shape) != shape or not found.is_floating_point()):
+            got = f"{found.dtype} {tuple(found.shape)}"
+            raise GateRowError(f"report: {name!r} should be real with shape {shape}, got {got}")
 
 
 class GateRows:
@@ -64,8 +65,9 @@ class GateRows:
             }
         same = [item for item in overlaps if item.shape == overlaps[0].shape]
         if same:
-            table = torch.stack(same)  # [clients, classes, classes]; zero for a pair that the client does not have
-            means = table.sum(0) / (table > 0).sum(0).clamp(min=1)
+            table = torch.stack(same)  # [clients, classes, classes]; negative for a pair that the client does not have
+            num_clients = (table >= 0).sum(0)
+            means = (table.clamp(min=0).sum(0) / num_clients.clamp(min=1)).masked_fill(num_clients == 0, ABSENT)
             row["overlaps"] = [[round(float(v), 4) for v in line] for line in means]
         return row
 

@@ -78,8 +78,3 @@ def decode(packed: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
 def counted_bytes(activations: Tensor) -> int:
     """Four bytes for every value that is not zero: how the authors of AdaSplit count."""
     return 4 * int((activations != 0).sum())
-
-
-def dense_bytes(num_samples: int, sample_shape: Sequence[int], precision: str) -> int:
-    """Most that ``num_samples`` can take on the wire, whatever their values."""
-    return num_samples * math.prod(sample_shape) * PRECISIONS[precision].itemsize

@@ -1,6 +1,6 @@
 """Dynamic channel pruning by input salience: gates that any CNN with a layout can wear (ADP, arXiv 2106.06921)."""
 
-from pruning.gates.evidence import OVERLAPS, SALIENCE, STATISTICS, STATISTICS_OF, Evidence
+from pruning.gates.evidence import ABSENT, OVERLAPS, SALIENCE, STATISTICS, STATISTICS_OF, Evidence
 from pruning.gates.export import fold_norms, for_inference
 from pruning.gates.gate import FLOOR, Gate, Winners, group_samples, template, top
 from pruning.gates.net import (
@@ -19,6 +19,7 @@ from pruning.gates.sites import MIN_WINNERS, GateError, Site, find_sites, num_wi
 from pruning.gates.upload import BITMAP, check_bitmap, salient_spec, to_bitmap
 
 __all__ = [
+    "ABSENT",
     "BITMAP",
     "FLOOR",
     "MARGIN",

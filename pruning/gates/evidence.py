@@ -21,14 +21,17 @@ MAX_CLASSES = 20
 """Up to so many, the overlaps of all pairs are sent."""
 
 EVERY = 8
-"""One batch in so many is looked at closely; salience is summed over all."""
+"""One batch in so many is looked at closely; salience is summed, and units in use are noted, over all."""
+
+ABSENT = -1.0
+"""Overlap of two classes of which a client does not have both; 0 is that of classes without a common winner."""
 
 STATISTICS = ("entropy", "overlap", "never_used_ratio", "agreement")
 """What is said of a layer, all in [0, 1].
 
 entropy : of the winners' frequencies, as a share of what equal frequencies have.
 overlap : of two classes' winners, ``sum min(f_a, f_b) / sum max(f_a, f_b)``, mean over pairs of classes.
-never_used_ratio : units that won for no sample.
+never_used_ratio : units that won for no sample in any batch, by the winners in force.
 agreement : share of a sample's own winners among those that it was given, which others share.
 """
 
@@ -36,7 +39,8 @@ agreement : share of a sample's own winners among those that it was given, which
 @dataclass
 class _Layer:
     salience: Tensor
-    counts: Tensor  # [K, C] samples of a class that a unit won for
+    counts: Tensor  # [K, C] samples of a class among whose own winners a unit was
+    is_used: Tensor  # bool [C], won for any sample so far
     agreed: float = 0.0
     num_seen: int = 0
 
@@ -57,6 +61,7 @@ class Evidence:
             site.group: _Layer(
                 torch.zeros(site.size, device=gate.bias.device),
                 torch.zeros(num_classes, site.size, device=gate.bias.device),
+                torch.zeros(site.size, dtype=torch.bool, device=gate.bias.device),
             )
             for site, gate in gates.pairs()
         }
@@ -76,8 +81,11 @@ class Evidence:
                 continue
             layer = self._layers[site.group]
             layer.salience += gate.winners.gates.detach().sum(0)
-            if is_close and not gate.winners.is_everybody:
-                self._look(layer, gate, labels)
+            if not gate.winners.is_everybody:
+                won = torch.cat([part for part in gate.winners.parts if part is not None])
+                layer.is_used[gate.units[won]] = True
+                if is_close:
+                    self._look(layer, gate, labels)
 
     def _look(self, layer: _Layer, gate: Gate, labels: Tensor) -> None:
         assert gate.winners is not None
@@ -119,9 +127,11 @@ class Evidence:
         return tensors | ({OVERLAPS: self.overlaps()} if self.num_classes <= MAX_CLASSES else {})
 
     def overlaps(self) -> Tensor:
-        """Overlap of the winners of any two classes, [K, K], mean over layers; zero for classes never seen."""
+        """Overlap of the winners of any two classes, [K, K], mean over layers; ``ABSENT`` unless both were seen."""
+        blank = torch.full((self.num_classes, self.num_classes), ABSENT)
         found = [self._pairs(layer) for layer in self._layers.values() if layer.num_seen]
-        return torch.stack(found).mean(0) if found else torch.zeros(self.num_classes, self.num_classes)
+        is_seen = self._class_counts > 0
+        return torch.where(is_seen[:, None] & is_seen, torch.stack(found).mean(0), blank) if found else blank
 
     def _pairs(self, layer: _Layer) -> Tensor:
         frequency = layer.counts.cpu() / self._class_counts.clamp(min=1)[:, None]
@@ -136,4 +146,4 @@ class Evidence:
         pairs = self._pairs(layer)[seen][:, seen]
         num = len(seen)
         overlap = float((pairs.sum() - pairs.diagonal().sum()) / (num * (num - 1))) if num > 1 else 1.0
-        return entropy, overlap, float((total == 0).float().mean()), layer.agreed / layer.num_seen
+        return entropy, overlap, float((~layer.is_used).float().mean()), layer.agreed / layer.num_seen

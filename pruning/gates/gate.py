@@ -112,18 +112,9 @@ class Gate(nn.Module):
             nn.init.normal_(self.weight, std=SPREAD * math.sqrt(2 / num_inputs))
         self.winners: Winners | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
-        """A copy without the last pass's winners: they hang on a graph."""
-        winners, self.winners = self.winners, None
-        try:
-            copied = self.__class__.__new__(self.__class__)
-            memo[id(self)] = copied
-            from copy import deepcopy
-
-            copied.__dict__ = deepcopy(self.__dict__, memo)
-        finally:
-            self.winners = winners
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: not the last pass's winners, which hang on a graph."""
+        return {**self.__dict__, "winners": None}
 
     @property
     def k(self) -> int:

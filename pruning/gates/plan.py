@@ -2,6 +2,9 @@
 
 A layer whose predictor costs more than it saves is left dense: gated by nothing, as if it had no gate. On CPUs that
 is the case of narrow layers and of batches of one.
+
+A plan has to be in force while the network is trained. A layer left dense loses its gate, values and all, so that a
+plan put on a network that was trained without it makes another function of it.
 """
 
 from __future__ import annotations

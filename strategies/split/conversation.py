@@ -139,7 +139,8 @@ class Conversation:
         expected = list(range(self.stretch.start, min(self.stretch.stop, round_steps)))
         got = [item.step for item in work]
         if got != expected:
-            raise ActivationError(f"upload: truncated: expected steps {_span(expected)}, got {_span(got)}")
+            what = "truncated" if got == expected[: len(got)] else "out of turn"
+            raise ActivationError(f"upload: {what}: expected steps {_span(expected)}, got {_span(got)}")
 
     def answered(self, pid: int, work: Sequence[Work], round_steps: int) -> None:
         """Take one client's checked answer."""
@@ -182,4 +183,5 @@ class Conversation:
 
 
 def _span(steps: Sequence[int]) -> str:
-    return f"{steps[0]} to {steps[-1]}" if steps else "none"
+    is_row = len(steps) > 0 and list(steps) == list(range(steps[0], steps[0] + len(steps)))
+    return f"{steps[0]} to {steps[-1]}" if is_row else (", ".join(map(str, steps)) or "none")

@@ -19,10 +19,6 @@ from wire.smashed import SmashedStep, unpack_upload
 from zoo.cut import CutError, CutModel, cut_model, smashed_shape
 
 
-class ServerDivergedError(RuntimeError):
-    """The server's loss is no number any more."""
-
-
 @dataclass(frozen=True)
 class Halves:
     """A cut model, from shapes alone.

@@ -128,11 +128,17 @@ def choose(
 
 
 def _ucb(state: Orchestrator, clients: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """Whoever has the highest score; among those never served, the ones chosen a decision ago come last.
+
+    A pipelined server's losses come one decision late: such an arm has only not been heard yet.
+    """
     ties = rng.permutation(len(clients))
-    keyed = [
-        (-score(state.arms[pid], state.num_decisions), int(tie), pid) for pid, tie in zip(clients, ties, strict=True)
-    ]
-    return [pid for _, _, pid in sorted(keyed)]
+    keyed = []
+    for pid, tie in zip(clients, ties, strict=True):
+        arm = state.arms[pid]
+        is_awaited = arm.is_new and 0 < arm.chosen_at == state.num_decisions - 1
+        keyed.append((-score(arm, state.num_decisions), is_awaited, int(tie), pid))
+    return [key[-1] for key in sorted(keyed)]
 
 
 def _random(state: Orchestrator, clients: Sequence[int], rng: np.random.Generator) -> list[int]:

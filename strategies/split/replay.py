@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from strategies.split.halves import ServerDivergedError
 from strategies.split.server import SplitServer
 
 
@@ -101,11 +99,6 @@ class Replay:
             )
             if gradient is not None:
                 self.gradients[item.partition_id] = (item.step, gradient)
-            if not math.isfinite(loss):
-                raise ServerDivergedError(
-                    f"the server's loss on client {item.partition_id}'s activations became {loss} in round "
-                    f"{self._round}; lower train.learning-rate"
-                )
             losses.setdefault(item.partition_id, []).append(loss)
         return losses
 
@@ -132,11 +125,6 @@ class Replay:
 def mean_losses(losses: dict[int, list[float]]) -> dict[int, float]:
     """Client -> mean loss."""
     return {pid: sum(values) / len(values) for pid, values in losses.items()}
-
-
-def held_bytes(work: Sequence[Work]) -> int:
-    """Bytes of activations that wait for their replay."""
-    return sum(w.activations.numel() * w.activations.element_size() for w in work)
 
 
 def as_work(partition_id: int, steps: Sequence[Any]) -> list[Work]:

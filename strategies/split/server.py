@@ -8,6 +8,7 @@ Running statistics of normalisation layers belong to a client like its mask does
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ from strategies.split.masks import STEPPED, MaskConfig, mask_gradients_, mask_we
 from wire.message import TrainConfig
 from wire.training import make_saved_optimizer
 from zoo.cut import CutModel
+
+
+class ServerDivergedError(RuntimeError):
+    """The server's loss or its gradient is no number any more."""
 
 
 @dataclass
@@ -38,7 +43,7 @@ class Served:
 
 
 class SplitServer:
-    """Shared server weights, one optimiser for them, and a mask with its own optimiser per client.
+    """Shared server weights, one optimiser for them, and a mask with its own optimiser per client. Works on the CPU.
 
     Parameters
     ----------
@@ -68,7 +73,7 @@ class SplitServer:
             make_saved_optimizer(train, vector.split(STEPPED), train.learning_rate)
             for vector in (self.weights, self.plain)
         ]
-        self._seen, self._chances, self._gradient = (torch.zeros_like(self.weights) for _ in range(3))
+        self._seen, self._probabilities, self._gradient = (torch.zeros_like(self.weights) for _ in range(3))
         self._plain_gradient = torch.zeros_like(self.plain)
         self._tie(self._shared, self._seen, self._gradient)
         self._tie(self._plain, self.plain, self._plain_gradient)
@@ -82,18 +87,24 @@ class SplitServer:
         place: tuple[int, ...] = (0,),
         wants_gradient: bool = False,
     ) -> tuple[float, Tensor | None]:
-        """Train on one batch of one client: mean CE(g(a; U * m(V_i)), y) + lambda * sum m(V_i).
+        """Train on one batch of one client: mean CE(g(a; U * m(V_i)), y) + lambda * sum sigmoid(V_i).
 
         Parameters
         ----------
         activations : [batch, ...] at the cut; detached, so that nothing flows back unless ``wants_gradient``.
         labels : int64 [batch].
-        place : what the random numbers of this step belong to (dropout).
+        place : seed, round, step and client: what the random numbers of this step belong to (dropout), and what an
+            error names. A server with one owner for everybody's statistics gets another ``partition_id``.
 
         Returns
         -------
         loss, gradient
             The cross-entropy before the step, and its gradient with respect to the activations, or None.
+
+        Raises
+        ------
+        ServerDivergedError
+            If either is no number; nothing has moved then.
         """
         client = self._show(partition_id)
         a = activations.detach().requires_grad_(wants_gradient)
@@ -104,7 +115,16 @@ class SplitServer:
                 torch.manual_seed(hash(place) % 2**63)
             logits = self.module.train()(a)
             loss = functional.cross_entropy(logits, labels, label_smoothing=self.train.label_smoothing)
-        loss.backward()
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+        is_steep = a.grad is not None and not bool(torch.isfinite(a.grad).all())
+        if is_steep or not math.isfinite(value):
+            what = "gradient" if is_steep else "loss"
+            raise ServerDivergedError(
+                f"the server's {what} is no number any more (loss {value:g}) at seed, round, step, client = "
+                f"{', '.join(map(str, place))}; lower train.learning-rate"
+            )
         if self.train.max_grad_norm:  # each half by itself: neither sees the other's gradient
             norm = torch.stack([self._gradient.norm(), self._plain_gradient.norm()]).norm()
             share = (self.train.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -114,12 +134,12 @@ class SplitServer:
             optimizer.param_groups[0]["lr"] = learning_rate
         step_(self._optimizers[1], self._plain_gradient)
         if client.logits is not None and client.optimizer is not None:
-            frozen = mask_gradients_(self.weights, self._chances, self._gradient, self.masks)
+            frozen = mask_gradients_(self.weights, self._probabilities, self._gradient, self.masks)
             step_(self._optimizers[0], self._gradient, frozen)
-            step_logits_(client.optimizer, self._chances, frozen)
+            step_logits_(client.optimizer, self._probabilities, frozen)
         buffers = dict(self.module.named_buffers())
         client.buffers = {name: buffers[name].clone() for name in self._buffers}
-        return float(loss.detach()), a.grad
+        return value, a.grad
 
     @torch.no_grad()
     def logits(self, partition_id: int, activations: Tensor) -> Tensor:
@@ -146,13 +166,6 @@ class SplitServer:
             is_mean = kept and first.is_floating_point()
             found[name] = torch.stack(kept).mean(0) if is_mean else (kept[0] if kept else first).clone()
         return found
-
-    def mask_density(self, partition_id: int) -> float:
-        """Share of the shared weights that a client's mask leaves on (above the threshold)."""
-        client = self.served.get(partition_id)
-        if client is None or client.logits is None or not len(client.logits):
-            return 1.0
-        return float((torch.sigmoid(client.logits) >= self.masks.threshold).float().mean())
 
     def export_state(self) -> dict[str, Any]:
         """Weights, masks and all optimisers' memories."""
@@ -192,7 +205,7 @@ class SplitServer:
             self.served[partition_id] = self._serve()
         client = self.served[partition_id]
         if client.logits is not None:
-            mask_weights(self.weights, client.logits, self.masks, self._seen, self._chances)
+            mask_weights(self.weights, client.logits, self.masks, self._seen, self._probabilities)
         for name, buffer in self.module.named_buffers():
             buffer.copy_(client.buffers[name])
         return client

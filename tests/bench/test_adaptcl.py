@@ -51,12 +51,13 @@ def test_a_target_that_is_never_reached_takes_for_ever():
 
 
 def test_every_case_is_a_config_that_parses_and_followers_get_the_rounds_that_adaptcls_time_is_good_for(tmp_path):
-    options = argparse.Namespace(data_dir="data", store=tmp_path, quick=False)
+    options = argparse.Namespace(data_dir="data", store=tmp_path, quick=False, device="auto")
     for task in TASKS:
         kept = {"time_s": 100.0, "least_round_s": 2.5, "least_ratio": 0.3}
         Case(task, 5.0, 0, "adaptcl").path(tmp_path).write_text(json.dumps(kept))
         configs = {method: parse(keys_of(Case(task, 5.0, 0, method), options)) for method in METHODS}
         assert {configs[method].run.num_rounds for method in FOLLOWERS} == {40}
+        assert {config.flat()["train.device"] for config in configs.values()} == {"auto"}
         assert configs["adaptcl"].run.num_rounds == TASKS[task].num_rounds
         assert configs["smallest-everywhere"].flat()["fedavg.retention-ratio"] == pytest.approx(0.3, abs=1e-5)
 

@@ -71,6 +71,25 @@ def test_points_lost_and_the_gap_to_training_are_means_of_the_last_five_rounds()
     assert row["train - test"] == pytest.approx(0.9 - 0.68)
 
 
+def test_every_claim_of_the_paper_stands_beside_what_was_found():
+    unpruned, pruned = curve_of([0.5, 0.7]), curve_of([0.5, 0.7], up=5.0)
+    runs = {"plain": {0: unpruned}, "d=1": {0: unpruned}, "d=0.3": {0: pruned}, "client": {0: pruned}}
+    rows = tabulate({**runs, "static": {0: pruned}})
+    claims = adp.judge([{"base": "fedavg", "partition": "iid", "rows": rows}], lambda density: density + 0.02)
+    assert [claim["where"] for claim in claims] == [f"fedavg, iid, {name}" for name in ("d=0.3", "client", "static")]
+    for name, value in adp.CLAIMED.items():
+        assert {claim[f"claimed {name}"] for claim in claims} == {value}
+    assert [claim["inference MACs"] for claim in claims] == [pytest.approx(-0.68), pytest.approx(-0.48), None]
+    assert claims[0]["wire"] == "-0.250"
+
+
+@pytest.mark.parametrize("task", [*adp.TASKS.values(), adp.QUICK])
+def test_inference_is_counted_from_the_tasks_own_shapes_and_falls_with_the_density(task):
+    dense, half, third = (adp.inference_share(task, 1.0, density) for density in (1.0, 0.5, 0.3))
+    assert 1 <= dense < 1.03, "the predictors are all that is added"
+    assert third < half < dense - 0.2
+
+
 def test_a_target_that_is_never_reached_has_no_bytes():
     row = compare(curve_of([0.2, 0.3]), curve_of([0.2, 0.9]))
     assert row["authors' bytes to it, first hit"] is None

@@ -24,6 +24,17 @@ def test_rows_with_different_columns_make_one_table():
     ]
 
 
+def test_what_a_server_keeps_up_with_and_holds_is_shown_where_it_was_measured():
+    crowd, memory = {"clients": 50, "samples_per_s": 600.0}, {"max_upload_bytes": 2**22, "clients": 3}
+    assert readme.of_server({"crowd": crowd, "memory": [memory]}) == [], "an older record"
+    crowd["device_slowness_kept_up_with"] = 123.4
+    memory |= {"peak_above_server": 27_000_000, "bound_on_two_stretches": 25_000_000, "verdict": "ABOVE 2.5e+07"}
+    first, second = readme.of_server({"crowd": crowd, "memory": [memory]})
+    assert (first["found"], second["found"]) == ("123 times slower than its core", "1.08 (aim: at most 1)")
+    assert "50 clients" in first["what"]
+    assert "4 MiB from 3 clients" in second["what"]
+
+
 def test_the_documents_hold_the_figures_that_are_kept(tmp_path, monkeypatch):
     """Whoever keeps new figures has to run ``python -m bench.readme``."""
     texts = [path.read_text(encoding="utf-8") for path in (readme.README, readme.ALL)]

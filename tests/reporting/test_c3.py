@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,16 @@ def test_a_large_temperature_leaves_the_accuracy():
 
 def test_budgets_that_are_given_count_and_the_others_are_the_largest_of_the_runs():
     runs = [Spending(0.5, 10, 10, 100), Spending(0.5, 40, 20, 50)]
-    assert budgets_of(runs) == Budgets(40, 100)
+    assert budgets_of(runs) == Budgets(40, 100, 20)
     assert budgets_of(runs, max_bytes=7) == Budgets(7, 100)
-    assert budgets_of(runs, max_macs=8) == Budgets(40, 8)
+    assert budgets_of(runs, max_macs=8) == Budgets(40, 8, 20)
+
+
+def test_counted_bytes_are_measured_against_a_budget_of_counted_bytes():
+    runs = [Spending(0.5, 10, 10, 100), Spending(0.5, 40, 20, 50)]
+    found = scores(runs[1], budgets_of(runs))
+    assert found["c3_t8"] == pytest.approx(0.5 * math.exp(-(40 / 40 + 50 / 100) / 8))
+    assert found["c3_counted_t8"] == pytest.approx(0.5 * math.exp(-(20 / 20 + 50 / 100) / 8))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +76,7 @@ def test_budgets_that_are_given_count_and_the_others_are_the_largest_of_the_runs
     [
         (lambda: Budgets(0, 1), "max-bytes: got 0"),
         (lambda: Budgets(1, math.inf), "max-macs: got inf"),
+        (lambda: Budgets(1, 1, 0), "max-counted-bytes: got 0"),
         (lambda: c3_score(90, 1, 1, Budgets(1, 1)), "for 90 % give 0.9"),
         (lambda: c3_score(0.9, -1, 1, Budgets(1, 1)), "numbers >= 0"),
         (lambda: c3_score(0.9, 1, 1, Budgets(1, 1), 0), "temperature"),
@@ -100,14 +109,28 @@ def test_a_run_without_accuracy_has_no_score(make_run):
 
 
 def test_compare_shows_the_score_under_explicit_budgets_at_three_temperatures(make_run, tmp_path: Path):
-    runs = [make_run("a", rows=tiny("fedavg", [0.8], 1.0, 100)), make_run("b", rows=tiny("adasplit", [0.8], 1.0, 50))]
+    runs = [
+        make_run("a", rows=tiny("fedavg", [0.8], 1.0, 100)),
+        make_run("b", rows=rows_of(0.8, 50, 5.0, None)),
+    ]
     _, text = compare(runs, tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert "C3" in text
     assert (numbers["c3_max_bytes"], numbers["c3_max_macs"]) == (100, 10)
     assert numbers["runs"][0]["c3"]["c3_t8"] == pytest.approx(0.8 * math.exp(-2 / 8))
     assert numbers["runs"][1]["c3"]["c3_t8"] == pytest.approx(0.8 * math.exp(-1.5 / 8))
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    (panel,) = re.findall(r"<section><h2>C3-Score</h2>.*?</section>", page, re.DOTALL)
+    cells = [tuple(re.findall(r"<td[^>]*>([^<]*)</td>", row)) for row in re.findall(r"<tr>.*?</tr>", panel, re.DOTALL)]
+    for run, wire, counted in ((cells[-2], 100, 100), (cells[-1], 50, 5)):
+        expected = [
+            0.8 * math.exp(-(num_bytes / 100 + 1) / temperature)
+            for num_bytes in (wire, counted)
+            for temperature in (1, 8, 64)
+        ]
+        assert run[1:3] == (f"{wire} B", f"{counted} B")
+        assert run[4:] == tuple(f"{score:.3f}" for score in expected)
     compare(runs, tmp_path / "given", max_bytes=1000.0, max_macs=20.0)
     numbers = json.loads((tmp_path / "given" / "comparison.json").read_text())
-    expected = scores(Spending(0.8, 50, 50, 10), Budgets(1000, 20))
+    expected = scores(Spending(0.8, 50, 5, 10), Budgets(1000, 20))
     assert numbers["runs"][1]["c3"] == pytest.approx(dict(expected))

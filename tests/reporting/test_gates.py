@@ -104,6 +104,22 @@ def test_overlaps_of_rows_that_differ_in_length_are_drawn(make_run):
         assert draw_gates(view_of(make_run, gates(overlaps=[[1.0], [0.4, 1.0]]))) is not None
 
 
+@pytest.mark.parametrize(
+    ("overlaps", "mean"),
+    [
+        ([[1, 0, -1], [0, 1, 0.4], [-1, 0.4, 1]], "20 %"),
+        ([[1, -1], [-1, 1]], None),
+        ([[1, 0], [0, 1]], "0 %"),
+        ([[1, 0.4, 0], [0.4, 1, 0], [0, 0, 0]], "40 %"),  # an older log
+    ],
+)
+def test_classes_without_a_common_winner_count_and_classes_that_no_client_has_together_do_not(make_run, overlaps, mean):
+    with style():
+        picture = draw_gates(view_of(make_run, gates(overlaps=overlaps)))
+    assert picture is not None
+    assert (f"overlap of classes, mean {mean}" if mean else "overlap of classes<") in picture.svg.replace(" -->", "<")
+
+
 def test_a_statistic_that_is_no_number_is_refused_with_its_line(make_run):
     with pytest.raises(LogError, match=r"line 2 \(gates\): field 'layers'"):
         view_of(make_run, gates(layers={"stage1": {"entropy": "high"}}))

@@ -12,8 +12,10 @@ import pytest
 
 from reporting.log import read_events
 from reporting.maps import _evenness
+from reporting.report import make_page
 from reporting.rows import Merge
 from reporting.summary import coverage_gaps, summarise, utilisation, write_summary
+from reporting.units import format_seconds
 from reporting.waiting import find_waits
 
 MakeRun = Callable[..., Path]
@@ -49,6 +51,21 @@ def test_the_ledger_has_the_same_columns_for_every_strategy_and_adds_up(
     assert sum(row["num_times_last"] for row in summary["ledger"]) == summary["num_merges"]
     busy = [row["utilisation_ratio"] for row in summary["ledger"]]
     assert sum(busy) / len(busy) == pytest.approx(summary["utilisation_ratio"])
+
+
+def test_the_ledger_says_what_the_engine_took_beside_every_client(make_run: MakeRun) -> None:
+    common = {"event": "arrival", "status": "merged", "start_s": 0, "finish_s": 9, "update_time_s": 2}
+    rows = [
+        {"event": "run", "strategy": "adasplit"},
+        {"event": "clients", "clients": [{"partition_id": 0}, {"partition_id": 1}]},
+        {**common, "server_round": 1, "partition_id": 0, "overhead_s": 3.0},
+        {**common, "server_round": 2, "partition_id": 0, "overhead_s": 4.5},
+        {**common, "server_round": 2, "partition_id": 1},
+    ]
+    log = read_events(make_run(rows=rows))
+    summary = summarise(log)
+    assert [row["overhead_s"] for row in summary["ledger"]] == [7.5, 0.0]
+    assert f">{format_seconds(7.5)}</td>" in make_page(log, summary)
 
 
 def test_a_synchronous_round_lets_everyone_wait_for_its_last_arrival(make_run: MakeRun) -> None:

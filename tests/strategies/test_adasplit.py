@@ -429,7 +429,7 @@ def test_a_resumed_run_may_not_move_the_end_of_the_local_phase(tmp_path):
 
 
 def test_a_diverging_server_ends_the_run_with_the_remedy(tmp_path):
-    from strategies.split.halves import ServerDivergedError
+    from strategies.split.server import ServerDivergedError
 
     def wild(instruction: Instruction) -> Report:
         report = handle(instruction)

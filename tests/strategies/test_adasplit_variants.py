@@ -37,8 +37,9 @@ def adasplit(folder: Path, handler: Callable[[Instruction], Report] = handle, **
     return tiny_run(folder, handler, **{**BASE, **settings})
 
 
+@pytest.mark.parametrize("pipeline", [True, False])
 @pytest.mark.parametrize("selection", ["ucb", "random", "round-robin", "all"])
-def test_every_selection_grants_as_many_uploads_as_it_should_and_trains(selection, tmp_path):
+def test_every_selection_grants_as_many_uploads_as_it_should_and_trains(selection, pipeline, tmp_path):
     granted: dict[tuple[int, int], set[int]] = {}
 
     def spy(instruction: Instruction) -> Report:
@@ -47,7 +48,7 @@ def test_every_selection_grants_as_many_uploads_as_it_should_and_trains(selectio
             granted.setdefault(place, set()).add(instruction.partition_id)
         return handle(instruction)
 
-    rows = adasplit(tmp_path, spy, adasplit__selection=selection, adasplit__pipeline=False)
+    rows = adasplit(tmp_path, spy, adasplit__selection=selection, adasplit__pipeline=pipeline)
     decisions = [granted[place] for place in sorted(granted)]
     assert len(decisions) == 2 * 3  # rounds, segments
     assert {len(chosen) for chosen in decisions} == {3 if selection == "all" else 1}

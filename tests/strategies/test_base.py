@@ -17,6 +17,7 @@ from fleet.fleet import Fleet, make_fleet
 from pruning.cost import measure_costs
 from pruning.spec import FULL
 from strategies import FedAvg
+from strategies.answers import combined_row
 from strategies.base import RunStoppedError
 from strategies.exchange import Arrival, Entry, Exchange
 from strategies.fedavg import FedAvgConfig
@@ -360,6 +361,18 @@ def test_a_round_may_have_several_requests_and_is_one_row_a_client():
         assert row["train_macs"] == NUM_MACS * (2 if pid < 2 else 1)
         assert row["finish_s"] == pytest.approx(times[pid] + (barrier if pid < 2 else 0))
     assert select(rows, "merge")[0]["time_s"] == pytest.approx(barrier + max(times[0], times[1]))
+
+
+def test_one_row_of_several_requests_adds_their_overheads_and_keeps_the_largest_peak():
+    merged = {"status": "merged", "start_s": 1.0, "update_time_s": 2.0}
+    rows = [
+        {**merged, "overhead_s": 3.0, "peak_memory_bytes": 900, "accuracy": 0.5},
+        {**merged, "start_s": 6.0, "overhead_s": 4.0, "peak_memory_bytes": 100, "accuracy": 0.7},
+        {**merged, "start_s": 12.0},  # no overhead, and no report that says a peak
+    ]
+    row = combined_row(rows)
+    assert (row["overhead_s"], row["peak_memory_bytes"], row["update_time_s"]) == (7.0, 900, 6.0)
+    assert (row["start_s"], row["accuracy"], row["num_requests"]) == (1.0, 0.7, 3)
 
 
 def test_a_round_in_which_the_method_asks_nobody_is_not_an_empty_one():

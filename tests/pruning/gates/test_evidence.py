@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from pruning.gates import OVERLAPS, SALIENCE, STATISTICS, STATISTICS_OF, Evidence, gates_of
+from pruning.gates import ABSENT, OVERLAPS, SALIENCE, STATISTICS, STATISTICS_OF, Evidence, gates_of
+from pruning.gates.evidence import EVERY
 from tests.pruning.gates.conftest import images_for
 from zoo import get_model
 
@@ -46,7 +47,28 @@ def test_the_same_winners_for_everybody_overlap_wholly_and_half_of_the_units_are
     assert found["entropy"] == pytest.approx(math.log(8) / math.log(16))
     overlaps = evidence.overlaps()
     assert overlaps[0, 1] == pytest.approx(1.0)
-    assert not overlaps[2].any(), "a class that was not seen overlaps with none"
+    assert (overlaps[2] == ABSENT).all(), "what a class that was not seen overlaps with is not known"
+
+
+def test_a_unit_that_won_only_between_the_batches_looked_at_closely_was_used():
+    model, _ = one_gate("sample")
+    gate, evidence = model.gates["hidden1"], Evidence(gates_of(model), 3)
+    for batch in range(EVERY):
+        gate.bias.data = torch.arange(16, 0, -1).float().roll(8 if batch == 3 else 0)
+        model(torch.rand(2, 1, 4, 4))
+        evidence.note(torch.tensor([0, 1]))
+    assert evidence.statistics()["hidden1"]["never_used_ratio"] == 0.0
+
+
+def test_a_unit_that_a_shared_template_leaves_out_was_not_used_whatever_a_sample_would_have_chosen():
+    model, _ = one_gate("batch")
+    gate, evidence = model.gates["hidden1"], Evidence(gates_of(model), 2)
+    gate.bias.data.zero_()
+    gate.weight.data[:8, 0], gate.weight.data[8:, 1] = 2.0, 1.0
+    salience = torch.eye(2, 16)
+    gate.decide(salience, (2,))
+    evidence.note(torch.tensor([0, 1]))
+    assert evidence.statistics()["hidden1"]["never_used_ratio"] == 0.5
 
 
 def test_classes_with_winners_of_their_own_do_not_overlap_and_share_a_template_badly():
@@ -64,7 +86,7 @@ def test_classes_with_winners_of_their_own_do_not_overlap_and_share_a_template_b
     assert found["overlap"] == pytest.approx(0.0)
     assert found["agreement"] == pytest.approx(0.5)
     assert found["entropy"] == pytest.approx(1.0)
-    assert found["never_used_ratio"] == 0.0
+    assert evidence.overlaps()[0, 1] == 0, "both classes were seen, and share no winner"
 
 
 def test_while_every_unit_wins_there_is_salience_and_nothing_else(make_gated):

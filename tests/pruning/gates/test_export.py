@@ -62,6 +62,21 @@ def test_layers_left_dense_are_ordinary_layers_again(make_gated):
     assert not small.blocks[1]._forward_pre_hooks
 
 
+def test_a_plan_in_the_runs_state_is_that_of_the_network_for_inference(make_gated):
+    """A plan has to be in force in training: put on afterwards, it makes another function of the network."""
+    trained, _ = make_gated("cnn")
+    images = images_for("cnn")
+    unplanned = trained.eval()(images)
+    gates_of(trained).leave_dense(["stage2"])
+    state = copy.deepcopy(trained.state_dict())
+    fresh, _ = get_model("cnn", 10, 3, SMALL["cnn"][0], gates=True)
+    fresh.double().load_state_dict(state)
+    small = for_inference(fresh, shape_of("cnn"))
+    assert type(small.blocks[1].conv) is nn.Conv2d
+    torch.testing.assert_close(small(images), trained.eval()(images), rtol=1e-8, atol=1e-8)
+    assert not torch.allclose(small(images), unplanned, atol=1e-3)
+
+
 def test_plain_networks_are_folded_as_well():
     torch.manual_seed(0)
     model, _ = get_model("resnet8", 10, 3, 8)

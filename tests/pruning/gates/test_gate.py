@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,6 +52,20 @@ def test_values_are_each_samples_own_even_where_winners_are_shared():
     gates = gate(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert torch.equal(winners.values, gates[:, winners.parts[0]].clamp(min=FLOOR))
     assert not torch.equal(winners.values[0], winners.values[1])
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda gate: pickle.loads(pickle.dumps(gate))])
+def test_a_copy_is_one_of_its_own_without_the_last_passs_winners_which_the_original_keeps(twin_of):
+    gate = Gate(4, 16)
+    gate.num_winners.fill_(8)
+    found = gate.decide(torch.rand(3, 4), None)  # on a graph: cannot be copied
+    twin = twin_of(gate)
+    assert twin.winners is None
+    assert gate.winners is found
+    assert type(twin) is Gate
+    assert all(torch.equal(twin.state_dict()[key], tensor) for key, tensor in gate.state_dict().items())
+    twin.weight.data.zero_()
+    assert gate.weight.any()
 
 
 def test_masks_and_dense_values_say_who_won_for_whom():

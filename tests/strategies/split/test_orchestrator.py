@@ -69,6 +69,26 @@ def test_everybody_is_served_before_anybody_twice():
         assert sorted(pid for pick in run(kind, 5, dict.fromkeys(range(5), 1.0)) for pid in pick) == list(range(5))
 
 
+@pytest.mark.parametrize(("num_clients", "k"), [(5, 3), (4, 1), (10, 3)])
+def test_everybody_is_served_before_anybody_twice_while_losses_are_a_decision_late(num_clients, k):
+    clients = range(num_clients)
+    for seed in range(10):
+        state, waiting, chosen, seen = Orchestrator(), {}, (), set()
+        while seen != set(clients):
+            losses, waiting = waiting, dict.fromkeys(chosen, 1.0)
+            state, chosen = choose("ucb", state, losses, clients, k, seed=seed)
+            fresh = set(chosen) - seen
+            assert len(fresh) == min(k, num_clients - len(seen)), "nobody twice while somebody waits"
+            seen |= fresh
+
+
+def test_a_grant_that_nothing_came_of_leaves_a_client_before_those_already_served():
+    state, first = choose("ucb", Orchestrator(), {}, [0, 1], 1)
+    state, second = choose("ucb", state, {}, [0, 1], 1)
+    _, third = choose("ucb", state, {second[0]: 1.0}, [0, 1], 1)
+    assert (second, third) == ((1 - first[0],), first)
+
+
 def test_round_robin_goes_round_even_while_losses_are_late():
     state, picks = Orchestrator(), []
     for _ in range(6):
