@@ -36,20 +36,6 @@ def test_every_key_can_be_written_on_the_command_line(key):
     assert parse_overrides([f"{key}={text}"]) == {key: value}
 
 
-def test_pyproject_lists_every_key_with_its_default():
-    listed: dict[str, object] = {}
-
-    def walk(table: dict, prefix: str) -> None:
-        for key, value in table.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                listed[prefix + key] = value
-
-    walk(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"], "")
-    assert listed == defaults()
-
-
 def test_the_resolved_config_is_toml_that_parses_back(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(as_toml(defaults()))
