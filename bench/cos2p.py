@@ -2,7 +2,7 @@
 
     python -m bench.cos2p                          # everything; hours on 2 cores, resumable
     python -m bench.cos2p --task digits --seeds 1
-    python -m bench.cos2p --quick                  # a small comparison, about a minute
+    python -m bench.cos2p --quick                  # a small comparison, a few minutes
 
 Every run is kept in results/bench/cos2p; a run that is there is not repeated. Each method runs as many rounds as fit
 into the same virtual time, its learning rate annealed over them: a short probe (kept, too) says how long its rounds
@@ -189,12 +189,13 @@ def outcome(log: Path) -> dict[str, Any]:
                     "clients": clients,
                 }
             )
+    num_clients = next(len(row["clients"]) for row in rows if row["event"] == "clients")
     last, busy_s = max(row["finish_s"] for row in arrivals), sum(row["update_time_s"] for row in arrivals)
     return {
         "curve": curve,
         "time_s": merges[-1]["time_s"],
         "num_rounds": len(merges),
-        "utilisation": utilisation(busy_s, 16, max(last, merges[-1]["time_s"])),
+        "utilisation": utilisation(busy_s, num_clients, max(last, merges[-1]["time_s"])),
         "upload_bytes": sum(row["upload_bytes"] for row in arrivals),
         "download_bytes": sum(row["download_bytes"] for row in arrivals),
         "n_star": statistics.median(row["n_star"] for row in merges),

@@ -12,7 +12,10 @@ from bench import cos2p
 from bench.common import RESULTS
 from bench.cos2p import METHODS, TASKS, claims, figures, job_of, outcome, summarise
 from bench.runs import keep
+from reporting.log import read_events
+from reporting.summary import summarise as summarise_log
 from server_app.config import parse
+from tests.runs import tiny_run
 
 MEMORY = [
     {"rate": 1.0, "phase": "weights", "against full": 0.0},
@@ -114,6 +117,7 @@ def test_the_best_of_the_family_may_be_one_whose_statistics_were_reestimated(tmp
     base = {"accuracy": 0.5, "accuracy_reestimated": 0.4}
     arrival = {"event": "arrival", "partition_id": 0, "finish_s": 1.0, "update_time_s": 1.0, "staleness": 0}
     rows = [
+        {"event": "clients", "clients": [{}]},
         {**arrival, "upload_bytes": 1, "download_bytes": 1},
         {"event": "merge", "time_s": 1.0, "n_star": 1},
         {"event": "evaluation", "where": "central", "server_round": 1, "time_s": 1.0, **base, "family": [member]},
@@ -131,7 +135,33 @@ def test_every_run_is_a_config_that_parses_and_has_a_file_of_its_own(tmp_path):
     assert len({job.path for job in jobs}) == len(jobs)
 
 
+def test_an_outcome_of_a_real_run_has_what_the_table_needs(tmp_path):
+    settings = {"model__name": "resnet8", "model__exits": True, "num_rounds": 1, "data__max_train": 120}
+    rows = tiny_run(tmp_path / "run", strategy="cos2p", evaluation__where="both", train__local_epochs=1, **settings)
+    got = outcome(tmp_path / "run" / "events.jsonl")
+    merges, last = ([row for row in rows if row["event"] == event] for event in ("merge", "evaluation"))
+    assert (got["num_rounds"], got["time_s"]) == (1, merges[-1]["time_s"])
+    assert len(got["curve"][-1]["clients"]) == 4
+    assert got["curve"][-1]["family"], "the last evaluation has the exits"
+    in_the_report = summarise_log(read_events(tmp_path / "run"))["utilisation_ratio"]
+    assert got["utilisation"] == pytest.approx(in_the_report), "of four clients"
+    row = figures(got, got["time_s"], 0.0)
+    assert row["base"] == [line["accuracy"] for line in last if line["where"] == "central"][-1]
+    assert row["time to target"] == 0.0
+    assert not math.isnan(row["clients' own"] + row["first exit"])
+
+
 @pytest.mark.slow
+def test_peak_memory_is_measured_for_each_phase_and_set_against_the_full_model(tmp_path):
+    memory = cos2p.measure_memory(argparse.Namespace(quick=True))
+    phases = [(1.0, "weights"), (0.5, "weights"), (0.5, "masks + weights")]
+    assert [(row["rate"], row["phase"]) for row in memory] == phases
+    assert memory[0]["against full"] == 0
+    assert all(row["measured_mib"] > 0 for row in memory)
+    assert memory[1]["counted against full"] < memory[2]["counted against full"] < -0.22
+
+
+@pytest.mark.long
 def test_the_quick_version_has_rows_claims_and_memory_and_repeats_nothing(tmp_path, capsys, monkeypatch):
     options = ["--quick", "--budget", "0.2", "--workers", "1", "--store", str(tmp_path / "store")]
     options += ["--out", str(tmp_path / "result.json")]
@@ -139,9 +169,6 @@ def test_the_quick_version_has_rows_claims_and_memory_and_repeats_nothing(tmp_pa
     (table,), memory = record["results"]["tables"], record["results"]["memory"]
     assert [row["method"] for row in table["rows"]] == list(cos2p.QUICK)
     assert len(table["claims"]) == 5
-    phases = [(1.0, "weights"), (0.5, "weights"), (0.5, "masks + weights")]
-    assert [(row["rate"], row["phase"]) for row in memory] == phases
-    assert memory[1]["counted against full"] < -0.22
     capsys.readouterr()
     monkeypatch.setattr(cos2p, "measure_memory", lambda options: memory)
     assert cos2p.main(options)["results"] == record["results"]
