@@ -161,6 +161,7 @@ def test_peak_memory_is_measured_for_each_phase_and_set_against_the_full_model(t
     assert memory[1]["counted against full"] < memory[2]["counted against full"] < -0.22
 
 
+@pytest.mark.slow  # as well: -m "not slow" puts itself in the place of the default, which leaves out what is long
 @pytest.mark.long
 def test_the_quick_version_has_rows_claims_and_memory_and_repeats_nothing(tmp_path, capsys, monkeypatch):
     options = ["--quick", "--budget", "0.2", "--workers", "1", "--store", str(tmp_path / "store")]
