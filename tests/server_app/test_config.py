@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,6 @@ from server_app.config import absolute, as_toml, defaults, parse, parse_override
 from strategies import LOOPS, STRATEGIES
 from tests.runs import tiny_run
 from wire.flat import ConfigError, kebab, to_flat
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_default_parses_back_to_itself():
