@@ -3,15 +3,17 @@
     python -m bench.adaptcl                   # everything; hours on 2 cores, resumable
     python -m bench.adaptcl --task digits --sigma 5
     python -m bench.adaptcl --kept --task cifar10-small-resnet8 --store bench/outcomes/adaptcl  # what is there, at once
+    python -m bench.adaptcl --task cifar10-vgg11 --asynchronous --sparsity 1e-4    # the paper's rivals, one regulariser
     python -m bench.adaptcl --quick           # one small comparison, about a minute
 
 Every run is kept in results/bench/adaptcl; a run that is there is not repeated. What is compared: total virtual time
 for the same rounds, time to equal accuracy, accuracy of the base model and of the best member of the family, bytes and
 MACs, and accuracy at equal virtual time: *smallest-everywhere* (the straggler's final width on all clients) runs as
 many rounds as fit into AdaptCL's total time, with its learning rate annealed over them, and so do the variants of
-AdaptCL whose rounds take as long. ``cifar10-small-resnet8`` is CIFAR-10 averaged to 16 x 16 pixels, 20,000 images of
-it; the others train on 4,000, which is what two cores bear. The CIFAR-10 tasks need ``--data-dir`` with cifar10.npz or
-torchvision's files; without them they are left out, and the output says so.
+AdaptCL whose rounds take as long. A round of an asynchronous method is as many answers as there are clients.
+``cifar10-small-resnet8`` is CIFAR-10 averaged to 16 x 16 pixels, 20,000 images of it; the others train on 4,000, which
+is what two cores bear. The CIFAR-10 tasks need ``--data-dir`` with cifar10.npz or torchvision's files; without them
+they are left out, and the output says so.
 """
 
 from __future__ import annotations
@@ -20,13 +22,26 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
-from bench.runs import STORES, Job, Keys, carry_out, has_cifar, load, over_seeds, read
+from bench.runs import (
+    STORES,
+    Job,
+    Keys,
+    best_of,
+    carry_out,
+    first_reaching,
+    has_cifar,
+    last_within,
+    load,
+    merges_a_round,
+    over_seeds,
+    read,
+)
 from server_app.processes import count_cores
 
 
@@ -66,6 +81,8 @@ TASKS: dict[str, Task] = {
     "cifar10-vgg11": Task({**CIFAR, "model.name": "vgg11", "model.width": 0.25}, 30, 0.2),
 }
 
+PERIODS = ("evaluation.every", "evaluation.family-every")
+"""Keys that count in rounds of the loop."""
 ADAPTCL: Keys = {"strategy": "adaptcl"}
 METHODS: dict[str, Keys] = {
     "fedavg": {"strategy": "fedavg"},
@@ -87,34 +104,52 @@ METHODS: dict[str, Keys] = {
     "adaptcl by-unit": {**ADAPTCL, "adaptcl.aggregation": "by-unit"},
     "adaptcl by-worker-residual": {**ADAPTCL, "adaptcl.aggregation": "by-worker-residual"},
     "adaptcl global order": {**ADAPTCL, "adaptcl.scope": "global"},
+    "adaptcl per-layer order": {**ADAPTCL, "adaptcl.scope": "per-layer"},
     "adaptcl refreshed order": {**ADAPTCL, "adaptcl.order": "refreshed"},
     "adaptcl own orders": {**ADAPTCL, "adaptcl.identical": False},
     "adaptcl L1 1e-4": {**ADAPTCL, "train.sparsity": 1e-4},
     "smallest-everywhere": {"strategy": "fedavg"},
     "only-capable": {"strategy": "only-capable"},
+    "fedasync": {"strategy": "fedasync"},
+    "ssp": {"strategy": "ssp"},
+    "dc-asgd": {"strategy": "dc-asgd"},
 }
 FOLLOWERS = ("adaptcl grow", "adaptcl grow, spare time works", "adaptcl floor, spare time works", "smallest-everywhere")
 """Methods whose every round takes as long as the straggler's smallest model: they run for AdaptCL's total time."""
 CORE = ("fedavg", "heterofl", "adaptcl", "adaptcl plain objective", *FOLLOWERS, "only-capable")
+ASYNCHRONOUS = ("fedasync", "ssp", "dc-asgd")
+"""The paper's rivals that wait for nobody, or not for all."""
 RIVAL = "smallest-everywhere"
 """Whom a method for unequal devices has to beat: rows say by how much it does, seed by seed, at AdaptCL's time."""
+SLACK = 0.01
+"""Of AdaptCL's total time: a follower's rounds are counted with the median of the straggler's times."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run."""
+    """One run.
+
+    Attributes
+    ----------
+    task, method : names in ``TASKS`` and ``METHODS``.
+    sigma : the slowest device's time over the fastest's.
+    seed : of the run and its data.
+    sparsity : factor of the sparsity term (``train.sparsity``) that the run trains with, whatever its method.
+    """
 
     task: str
     sigma: float
     seed: int
     method: str
+    sparsity: float = 0.0
 
     @property
     def name(self) -> str:
-        """Of the file that keeps its outcome: another budget is another file."""
+        """Of the file that keeps its outcome: another budget, or another regulariser, is another file."""
         task, method = TASKS[self.task], self.method.replace(",", "").replace(" ", "-")
         budget = f"{task.num_rounds}x{task.keys.get('data.max-train', 'all')}"
-        return f"{self.task}_{budget}_sigma{self.sigma:g}_seed{self.seed}_{method}"
+        sparsity = f"_sparsity{self.sparsity:g}" if self.sparsity else ""
+        return f"{self.task}_{budget}_sigma{self.sigma:g}{sparsity}_seed{self.seed}_{method}"
 
     def path(self, store: Path) -> Path:
         """Where its outcome is kept."""
@@ -128,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sigma", action="append", type=float)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these; repeatable")
-    parser.add_argument("--ablations", action="store_true", help="all ablations, not only the core methods")
+    parser.add_argument("--ablations", action="store_true", help="AdaptCL's ablations beside the core methods")
+    parser.add_argument("--asynchronous", action="store_true", help=f"{', '.join(ASYNCHRONOUS)} as well")
+    parser.add_argument("--sparsity", type=float, default=0.0, help="train.sparsity of every method (default 0)")
     parser.add_argument("--data-dir", default="data")
     add_device(parser)
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
@@ -143,13 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_missing(cases, options)
     tables = [summarise(task, sigma, options) for task, sigma in dict.fromkeys((c.task, c.sigma) for c in cases)]
     for table in tables:
-        print_table(f"{table['task']}, slowest/fastest = {table['sigma']:g}", table["rows"])
+        regulariser = f", every method with train.sparsity={options.sparsity:g}" if options.sparsity else ""
+        print_table(f"{table['task']}, slowest/fastest = {table['sigma']:g}{regulariser}", table["rows"])
     finish("adaptcl", options, {"tables": tables}, seeds=seeds_of(options))
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
     """The runs asked for."""
-    methods = options.method or [m for m in METHODS if options.ablations or m in CORE]
+    is_asked = {m: options.asynchronous if m in ASYNCHRONOUS else options.ablations or m in CORE for m in METHODS}
+    methods = options.method or [m for m in METHODS if is_asked[m]]
     has_images = options.kept or has_cifar(options.data_dir)
     tasks = [task for task in options.task or list(TASKS) if task == "digits" or has_images]
     for task in options.task or list(TASKS):
@@ -157,7 +196,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
             print(f"left out: {task} (no CIFAR-10 in {options.data_dir}; see the README on data)")
     sigmas = options.sigma or [5.0, 2.0, 10.0]
     return [
-        Case(task, sigma, seed, method)
+        Case(task, sigma, seed, method, options.sparsity)
         for task in tasks
         for sigma in sigmas
         for seed in seeds_of(options)
@@ -168,12 +207,14 @@ def plan(options: argparse.Namespace) -> list[Case]:
 def run_missing(cases: Sequence[Case], options: argparse.Namespace) -> None:
     """Run every case whose outcome is not kept yet; followers after the run that they follow."""
     missing = [case for case in cases if not case.path(options.store).exists()]
-    for (task, sigma, seed), group in itertools.groupby(missing, key=lambda case: (case.task, case.sigma, case.seed)):
+    for adaptcl, group in itertools.groupby(missing, key=lambda case: replace(case, method="adaptcl")):
         together = list(group)
         for is_follower in (False, True):
             batch = [case for case in together if (case.method in FOLLOWERS) == is_follower]
-            if is_follower and not Case(task, sigma, seed, "adaptcl").path(options.store).exists():
-                print(f"left out: {', '.join(case.name for case in batch)}: there is no run of adaptcl to follow")
+            if is_follower and not adaptcl.path(options.store).exists():
+                if batch:
+                    names = ", ".join(case.name for case in batch)
+                    print(f"left out: {names}: there is no run of adaptcl to follow")
                 continue
             jobs = [Job(case.name, keys_of(case, options), options.store, outcome) for case in batch]
             for name, reason in carry_out(jobs, options.workers).items():
@@ -193,10 +234,14 @@ def keys_of(case: Case, options: argparse.Namespace) -> Keys:
         "data.seed": case.seed,
         "num-rounds": num_rounds,
         "adaptcl.rates.min-retention-ratio": task.floor,
+        **({"train.sparsity": case.sparsity} if case.sparsity else {}),
         **METHODS[case.method],
     }
+    if (merges := merges_a_round(keys)) > 1:
+        periods = {name: int(task.keys.get(name, 1)) * merges for name in PERIODS}
+        keys |= {"num-rounds": num_rounds * merges, **periods}
     if case.method in FOLLOWERS:
-        adaptcl = load(Case(case.task, case.sigma, case.seed, "adaptcl").path(options.store))
+        adaptcl = load(replace(case, method="adaptcl").path(options.store))
         keys["num-rounds"] = max(1, int(adaptcl["time_s"] / adaptcl["least_round_s"]))
         if case.method == "smallest-everywhere":
             keys["fedavg.retention-ratio"] = min(1.0, adaptcl["least_ratio"] + 1e-6)
@@ -216,7 +261,7 @@ def outcome(log: Path) -> dict[str, Any]:
             "time_s": row["time_s"],
             "base": row["accuracy"],
             "base_reestimated": row["accuracy_reestimated"],
-            "best": max(max(m["accuracy"], m["accuracy_reestimated"]) for m in row.get("family", [row])),
+            "best": best_of(row.get("family", [row])),
         }
         for row in with_family or evaluations
     ]
@@ -240,23 +285,27 @@ def summarise(task: str, sigma: float, options: argparse.Namespace) -> dict[str,
     """One table: every method against FedAvg, as means over seeds of ratios taken seed by seed."""
     seeds = seeds_of(options)
     asked = options.method or list(METHODS)
-    methods = [m for m in asked if any(Case(task, sigma, seed, m).path(options.store).exists() for seed in seeds)]
+
+    def path_of(seed: int, method: str) -> Path:
+        return Case(task, sigma, seed, method, options.sparsity).path(options.store)
+
     rows = []
-    for method in methods:
+    for method in [m for m in asked if any(path_of(seed, m).exists() for seed in seeds)]:
         by_seed = []
         for seed in seeds:
-            cases = {m: Case(task, sigma, seed, m) for m in (method, "fedavg", "adaptcl")}
-            if not all(case.path(options.store).exists() for case in cases.values()):
+            paths = {m: path_of(seed, m) for m in (method, "fedavg", "adaptcl")}
+            if not all(path.exists() for path in paths.values()):
                 continue
-            runs = {m: load(case.path(options.store)) for m, case in cases.items()}
+            runs = {m: load(path) for m, path in paths.items()}
             row = compare(runs[method], runs["fedavg"], runs["adaptcl"], TASKS[task].target)
-            rival = Case(task, sigma, seed, RIVAL).path(options.store)
-            if rival.exists():
+            row["rounds"] /= merges_a_round({**TASKS[task].keys, **METHODS[method]})
+            if (rival := path_of(seed, RIVAL)).exists():
                 time_s = runs["adaptcl"]["time_s"]
                 row[f"over {RIVAL}"] = best_within(runs[method], time_s) - best_within(load(rival), time_s)
             by_seed.append(row)
         rows.append({"method": method, "seeds": len(by_seed), **over_seeds(by_seed)})
-    return {"task": task, "sigma": sigma, "rows": rows}
+    about = {"sparsity": options.sparsity} if options.sparsity else {}
+    return {"task": task, "sigma": sigma, **about, "rows": rows}
 
 
 def compare(
@@ -284,13 +333,8 @@ def compare(
 
 
 def best_within(run: Mapping[str, Any], time_s: float) -> float:
-    """Accuracy of the best member at the last evaluation up to a virtual time, give or take a hundredth."""
-    return float([point["best"] for point in run["curve"] if point["time_s"] <= time_s * 1.01][-1])
-
-
-def first_reaching(curve: Sequence[Mapping[str, float]], target: float) -> float:
-    """Virtual time at which the best member first has ``target``; infinite if never."""
-    return next((point["time_s"] for point in curve if point["best"] >= target), float("inf"))
+    """Accuracy of the best member at the last evaluation up to a virtual time."""
+    return float(last_within(run["curve"], "time_s", time_s, SLACK)["best"])
 
 
 if __name__ == "__main__":

@@ -22,17 +22,30 @@ table says which.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
-from bench.runs import NUM_POINTS, STORES, Job, Keys, Task, carry_out, has_cifar, load, over_seeds, read
+from bench.runs import (
+    NUM_POINTS,
+    STORES,
+    Job,
+    Keys,
+    Task,
+    best_of,
+    carry_out,
+    first_reaching,
+    has_cifar,
+    last_within,
+    load,
+    merges_a_round,
+    over_seeds,
+    read,
+)
 from reporting.log import read_events
 from reporting.summary import summarise as summarise_log
-from server_app.config import parse
 from server_app.processes import count_cores
 from strategies import STRATEGIES
 
@@ -177,12 +190,6 @@ def job_of(task: Task, method: str, seed: int, store: Path, until_s: float = 0.0
     return Job(name, keys, store, outcome, until_s)
 
 
-def merges_a_round(keys: Mapping[str, Any]) -> int:
-    """Merges that take as many answers as there are clients."""
-    run = parse(keys).run
-    return math.ceil(run.num_clients / run.loop.quorum) if run.loop.quorum else 1
-
-
 def outcome(log: Path) -> dict[str, Any]:
     """What the table needs of an event log: a curve over rounds, time and bytes, and how the fleet was used."""
     curve: list[dict[str, float]] = []
@@ -193,8 +200,6 @@ def outcome(log: Path) -> dict[str, Any]:
             num_macs += row.get("train_macs", 0)
             num_merged += row["status"] == "merged"
         elif row["event"] == "evaluation" and row["where"] == "central":
-            members = [row, *row.get("family", [])]
-            best = max(max(member["accuracy"], member["accuracy_reestimated"]) for member in members)
             curve.append(
                 {
                     "round": row["server_round"],
@@ -202,7 +207,7 @@ def outcome(log: Path) -> dict[str, Any]:
                     "time_s": row["time_s"],
                     "bytes": num_bytes,
                     "macs": num_macs,
-                    "accuracy": best,
+                    "accuracy": best_of([row, *row.get("family", [])]),
                     "base": row["accuracy"],
                 }
             )
@@ -262,28 +267,23 @@ def compare(
     limits: Mapping[str, float],
     targets: Sequence[float],
     is_relative: bool,
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     """One run's row: accuracies read at the three limits, times in units of FedAvg's total time."""
     curve, time_s = run["curve"], limits["time_s"]
-    row: dict[str, float | None] = {
+    row: dict[str, float] = {
         "= rounds": last_within(curve, "round", num_rounds)["accuracy"],
         "= time": last_within(curve, "time_s", time_s)["accuracy"],
         "= bytes": last_within(curve, "bytes", limits["bytes"])["accuracy"],
     }
     for target, share in zip(targets, SHARES, strict=True):
-        reached = next((point["time_s"] / time_s for point in curve if point["accuracy"] >= target), None)
-        row[f"time to {share:.0%} of FedAvg" if is_relative else f"time to {target:.0%}"] = reached
+        reached = first_reaching(curve, target, "accuracy")
+        row[f"time to {share:.0%} of FedAvg" if is_relative else f"time to {target:.0%}"] = reached / time_s
     return row | {
         "time for the rounds": last_within(curve, "round", num_rounds)["time_s"] / time_s,
         "utilisation": run["utilisation_ratio"],
         "straggler wait": run["straggler_wait_ratio"],
         "N*": run["n_star_min"],
     }
-
-
-def last_within(curve: Sequence[Mapping[str, float]], axis: str, limit: float) -> Mapping[str, float]:
-    """The last point of a curve whose ``axis`` is at most ``limit``; its first, before any training, always is."""
-    return [point for point in curve if point[axis] <= limit * (1 + 1e-9)][-1]
 
 
 if __name__ == "__main__":

@@ -223,6 +223,46 @@ def load(path: Path) -> dict[str, Any]:
     return kept
 
 
+def best_of(members: Iterable[Mapping[str, float]]) -> float:
+    """Accuracy of the best of some evaluated models, statistics as merged or re-estimated, whichever is better."""
+    return max(max(member["accuracy"], member["accuracy_reestimated"]) for member in members)
+
+
+def last_within(curve: Sequence[Mapping[str, Any]], axis: str, limit: float, slack: float = 1e-9) -> Mapping[str, Any]:
+    """The last point of a curve whose ``axis`` is at most ``limit``.
+
+    Parameters
+    ----------
+    curve : evaluations, oldest first.
+    axis : name of what is spent: rounds, virtual seconds or bytes.
+    limit : of ``axis``.
+    slack : how far above the limit, relatively, still counts: by default what sums of floats differ by. Runs that were
+        only planned to end at the limit, by an estimate of how long their rounds take, need more.
+
+    Raises
+    ------
+    ValueError
+        If every point lies beyond: what came later must not be shown as what was there.
+    """
+    points = [point for point in curve if point[axis] <= limit * (1 + slack)]
+    if not points:
+        raise ValueError(f"{axis}: the first evaluation is at {curve[0][axis]:g}, beyond {limit:g}; evaluate earlier")
+    return points[-1]
+
+
+def first_reaching(curve: Sequence[Mapping[str, Any]], target: float, name: str = "best") -> float:
+    """Virtual time of the first point of a curve whose ``name`` is at least ``target``; infinite if there is none."""
+    return next((float(point["time_s"]) for point in curve if point[name] >= target), math.inf)
+
+
+def merges_a_round(keys: Mapping[str, Any]) -> int:
+    """Merges that take as many answers as there are clients, which is a synchronous round."""
+    from server_app.config import parse
+
+    run = parse(keys).run
+    return math.ceil(run.num_clients / run.loop.quorum) if run.loop.quorum else 1
+
+
 def over_seeds(rows: Iterable[Mapping[str, float | None]]) -> dict[str, str]:
     """Column -> its mean and spread over rows, one for each seed; {} where there is no row."""
     columns: dict[str, list[float | None]] = {}

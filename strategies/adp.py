@@ -37,7 +37,7 @@ from pruning.merge import AggregateResult, MaskedMean
 from pruning.select import select_top
 from pruning.spec import FULL, SubModelSpec
 from strategies.base import SubModelStrategy
-from strategies.bases import BASES, Base
+from strategies.base_algorithms import BASES, Base
 from strategies.exchange import Arrival, Entry
 from strategies.gate_rows import GateRows, check_evidence, plan_row, slower_gated
 from strategies.idle import changed

@@ -22,7 +22,7 @@ import numpy as np
 
 from pruning.capability import Capability, exit_depths, groups_within, inner_groups, sub_model_at
 from pruning.merge import AggregateResult, MaskedMean, holders_mean, residual_mean
-from pruning.select import select_prefix, select_random
+from pruning.select import select_random
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.cos2p_rule import (
@@ -305,10 +305,10 @@ class CoS2P(SubModelStrategy):
 
     def _fixed_mask(self, pid: int, capability: Capability) -> SubModelSpec:
         held = sub_model_at(self.layout, self._groups, capability.depth, capability.width_rate)
+        if self.config.masks == "first":
+            return held
         widths = {name: len(units) for name, units in held.units.items()}
-        rng = np.random.default_rng((self.seed, pid))
-        chosen = select_prefix(self.layout, widths) if self.config.masks == "first" else None
-        return SubModelSpec((chosen or select_random(self.layout, widths, rng)).kept, held.depth)
+        return replace(select_random(self.layout, widths, np.random.default_rng((self.seed, pid))), depth=held.depth)
 
     def _rotated(self, clients: Sequence[int]) -> tuple[int, SubModelSpec] | None:
         """Who takes over what no merge has held since everybody was heard; and which sub-model that is.

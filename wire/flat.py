@@ -111,7 +111,9 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
 
 def require_choice(key: str, value: str, choices: Sequence[str]) -> None:
     """Raise ``ConfigError`` with the nearest choice unless ``value`` is one of ``choices``."""
-    require(value in choices, key, value, " or ".join(map(repr, choices)) + nearest(value, choices))
+    if value not in choices:  # only then: a search for the nearest costs more than all else about reading a config
+        expected = " or ".join(map(repr, choices)) + nearest(value, choices)
+        raise ConfigError(f"{key}: got {value!r}, expected {expected}")
 
 
 def refuse(condition: bool, keys: str, reason: str) -> None:

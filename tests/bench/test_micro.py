@@ -27,7 +27,9 @@ def run(name, monkeypatch, capsys, *options):
     return text, returned
 
 
-@pytest.mark.parametrize("name", slow_but(("decide",), ("merge", "step", "engine", "decide", "gates")))
+@pytest.mark.parametrize(
+    "name", slow_but(("decide",), ("merge", "step", "engine", "decide", "gates", "cos2p_speed", "cos2p_scale", "scale"))
+)
 def test_the_quick_version_prints_a_table_and_one_json_object_and_keeps_it_where_told(
     name, monkeypatch, capsys, tmp_path
 ):

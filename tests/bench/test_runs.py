@@ -16,7 +16,20 @@ import pytest
 
 from bench.adaptcl import METHODS, Case, Task
 from bench.hosts import wait_until
-from bench.runs import Job, carry_out, keep, load, mean_and_spread, read, rounds_until, run_job
+from bench.runs import (
+    Job,
+    best_of,
+    carry_out,
+    first_reaching,
+    keep,
+    last_within,
+    load,
+    mean_and_spread,
+    merges_a_round,
+    read,
+    rounds_until,
+    run_job,
+)
 from server_app.config import parse
 from server_app.processes import hold
 from tests.conftest import ROOT
@@ -167,3 +180,41 @@ def test_every_method_of_bench_adaptcl_is_a_config_with_a_file_of_its_own(method
     parse({**Task({}, 1, 0.2).keys, **METHODS[method]})
     names = {Case("digits", 5.0, 0, other).name for other in METHODS}
     assert len(names) == len(METHODS)
+
+
+CURVE = [{"time_s": 0.0, "bytes": 0.0, "best": 0.1}, {"time_s": 1.0, "bytes": 0.3, "best": 0.5}]
+
+
+def test_a_point_lies_within_a_limit_that_differs_in_the_last_digits_only():
+    assert last_within(CURVE, "bytes", 0.1 + 0.1 + 0.1 - 1e-12)["bytes"] == 0.3
+    assert last_within(CURVE, "bytes", 0.299)["bytes"] == 0.0
+
+
+def test_a_run_that_was_planned_to_end_at_a_limit_may_pass_it_by_its_slack():
+    assert last_within(CURVE, "time_s", 0.985, 0.02)["best"] == 0.5
+    assert last_within(CURVE, "time_s", 0.985, 0.01)["best"] == 0.1
+
+
+def test_what_came_after_a_limit_is_not_shown_as_what_was_there():
+    with pytest.raises(ValueError, match=r"the first evaluation is at 1, beyond 0\.5"):
+        last_within(CURVE[1:], "time_s", 0.5)
+
+
+def test_a_target_is_reached_at_the_first_point_that_has_it_or_never():
+    assert first_reaching(CURVE, 0.5) == 1.0
+    assert first_reaching(CURVE, 0.2, "bytes") == 1.0
+    assert first_reaching(CURVE, 0.6) == float("inf")
+
+
+def test_the_best_of_a_family_counts_either_statistics():
+    members = [{"accuracy": 0.3, "accuracy_reestimated": 0.1}, {"accuracy": 0.2, "accuracy_reestimated": 0.4}]
+    assert best_of(members) == 0.4
+    assert best_of(members[:1]) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "merges"),
+    [("fedasync", 20), ("ssp", 20), ("dc-asgd", 20), ("fedbuff", 2), ("semi-async", 2), ("heterofl", 1)],
+)
+def test_a_round_of_a_lone_merge_loop_is_as_many_answers_as_there_are_clients(strategy, merges):
+    assert merges_a_round({"strategy": strategy, "num-clients": 20}) == merges

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import KroghInterpolator
 
-from pruning.rates import ClientRate, RateError, RateParams, newton_ratio, record_time, update_rates
+from pruning.rates import (
+    ClientRate,
+    RateError,
+    RateParams,
+    _next_ratio,
+    _with_point,
+    newton_ratio,
+    record_time,
+    update_rates,
+)
 
 TIMING = RateParams(min_retention_ratio=0.02, max_step=0.5, min_timed_rounds=3)
 WORK = RateParams(direction="hold", spare_time="work", min_retention_ratio=0.2, min_timed_rounds=2)
@@ -31,7 +40,8 @@ def simulate(sigma, params=TIMING, num_rounds=150, interval=10, noise=0.02, seed
             state, decision = update_rates(state, params)
             floored += decision.newly_floored
             ratios = np.array([state[client].retention_ratio for client in range(num_clients)])
-            if aligned_after is None and (base * (fixed + (1 - fixed) * ratios)).max() <= 1.1:
+            aligned = base * (fixed + (1 - fixed) * ratios)
+            if aligned_after is None and ((aligned >= 0.9) & (aligned <= 1.1)).all():
                 aligned_after = (server_round + 1) // interval
     return unpruned / total, aligned_after, ratios, floored
 
@@ -44,6 +54,71 @@ def test_the_timing_model_reaches_its_speed_up_within_its_decisions(sigma, speed
         assert aligned_after is not None
         assert aligned_after <= decisions
         assert ratios[0] == 1.0
+
+
+def with_and_without_newton(monkeypatch, sigma, **timing):
+    """Share of the time saved and decisions until aligned: by Newton's rule, and by the linear one in its place."""
+    speed_up, decisions, *_ = simulate(sigma, **timing)
+    monkeypatch.setattr("pruning.rates.newton_ratio", lambda points, phi: float("nan"))
+    linear_speed_up, linear_decisions, *_ = simulate(sigma, **timing)
+    return (1 - 1 / speed_up, decisions), (1 - 1 / linear_speed_up, linear_decisions)
+
+
+def test_newton_saves_what_the_linear_rule_saves_where_times_are_proportional_to_the_model(monkeypatch):
+    newton, linear = with_and_without_newton(monkeypatch, 5)
+    assert newton == (pytest.approx(0.717, abs=0.001), 3)
+    assert linear == (pytest.approx(0.717, abs=0.001), 3)
+
+
+def test_newton_aligns_sooner_where_a_part_of_the_time_does_not_shrink(monkeypatch):
+    newton, linear = with_and_without_newton(monkeypatch, 3, fixed=0.2, noise=0.0, num_clients=5, num_rounds=80)
+    assert newton == (pytest.approx(0.542, abs=0.001), 3)
+    assert linear == (pytest.approx(0.526, abs=0.001), 4)
+
+
+def test_newton_saves_71_per_cent_and_the_linear_rule_70_at_sigma_five_with_a_tenth_fixed(monkeypatch):
+    newton, linear = with_and_without_newton(monkeypatch, 5, fixed=0.1)
+    assert newton == (pytest.approx(0.708, abs=0.001), 3)
+    assert linear == (pytest.approx(0.703, abs=0.001), 4)
+
+
+BENT = [(4.0, 1.0), (2.25, 0.75), (1.2, 0.55)]
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        (BENT, np.polyval(np.polyfit(*zip(*BENT, strict=True), 2), 1.0)),  # .508; the secant would say .512
+        ([(9.0, 0.9), *BENT], np.polyval(np.polyfit(*zip(*BENT, strict=True), 2), 1.0)),  # the last three count
+        ([(2.0, 1.0), (1.5, 0.8)], 0.6),
+        ([(5.0, 1.0), (3.0, 0.4), (2.0, 0.3)], 0.2),  # the parabola would grow it to a third: the secant
+        ([(2.0, 1.0), (3.0, 0.5)], 0.5 / 3),  # slower with a smaller model: in proportion
+        ([(4.0, 1.0), (2.0, 0.4)], 0.4 - 0.3),
+        ([(4.0, 1.0), (2.0, 0.3)], 0.3 / 2),  # the secant falls below nothing: in proportion
+        ([(3.0, 1.0), (3.0, 0.5)], 0.5 / 3),  # equal times have no secant
+        ([(2.0, 1.0)], 0.5),  # the linear rule
+    ],
+)
+def test_the_next_ratio_is_newtons_or_the_secants_or_in_proportion(history, expected):
+    phi, gamma = history[-1]
+    assert _next_ratio(gamma, phi, 1.0, history, replace(TIMING, max_step=0.9)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_cut_is_neither_below_the_least_step_nor_beyond_the_largest_nor_under_the_floor():
+    flat = [(2.0, 0.51), (1.2, 0.5)]  # .49875 at 1.1 s
+    assert _next_ratio(0.5, 1.2, 1.1, flat, TIMING) == 0.5
+    assert _next_ratio(0.5, 1.2, 1.1, flat, replace(TIMING, min_step=0.0)) == pytest.approx(0.49875)
+    assert _next_ratio(1.0, 8.0, 1.0, [(8.0, 1.0)], TIMING) == 0.5
+    assert _next_ratio(1.0, 8.0, 1.0, [(8.0, 1.0)], replace(TIMING, alpha=0.4)) == pytest.approx(0.65)
+    assert _next_ratio(1.0, 8.0, 1.0, [(8.0, 1.0)], replace(TIMING, min_retention_ratio=0.7)) == 0.7
+
+
+def test_a_point_replaces_those_of_the_same_ratio_and_of_a_time_within_one_per_cent():
+    history = ((4.0, 1.0), (2.0, 0.5))
+    assert _with_point(history, (1.0, 0.25)) == (*history, (1.0, 0.25))
+    assert _with_point(history, (3.0, 1.0)) == ((2.0, 0.5), (3.0, 1.0))
+    assert _with_point(history, (2.01, 0.4)) == ((4.0, 1.0), (2.01, 0.4))
+    assert _with_point(history, (2.03, 0.4)) == (*history, (2.03, 0.4))
 
 
 def test_bold_steps_give_six_times_at_sigma_ten():

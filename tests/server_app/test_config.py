@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,6 @@ from server_app.config import absolute, as_toml, defaults, parse, parse_override
 from strategies import LOOPS, STRATEGIES
 from tests.runs import tiny_run
 from wire.flat import ConfigError, kebab, to_flat
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_default_parses_back_to_itself():
@@ -34,20 +31,6 @@ def test_every_key_can_be_written_on_the_command_line(key):
     value = defaults()[key]
     text = value if isinstance(value, str) else str(value).lower()
     assert parse_overrides([f"{key}={text}"]) == {key: value}
-
-
-def test_pyproject_lists_every_key_with_its_default():
-    listed: dict[str, object] = {}
-
-    def walk(table: dict, prefix: str) -> None:
-        for key, value in table.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                listed[prefix + key] = value
-
-    walk(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"], "")
-    assert listed == defaults()
 
 
 def test_the_resolved_config_is_toml_that_parses_back(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from client_app.handler import handle
@@ -43,6 +44,19 @@ def simulate(
     loop: LoopConfig, num_rounds: int, handler: Callable = echo, num_clients: int = 4, strategy=FedAvg, **changes
 ) -> list[dict]:
     """Rows of a FedAvg run without data: ``num_clients`` devices whose update times are spaced evenly from 1 to 5."""
+    return run_to_result(loop, num_rounds, handler, num_clients, strategy, **changes)[0]
+
+
+def run_to_result(
+    loop: LoopConfig,
+    num_rounds: int,
+    handler: Callable = echo,
+    num_clients: int = 4,
+    strategy=FedAvg,
+    evaluate_fn: Callable | None = None,
+    **changes,
+) -> tuple[list[dict], Result]:
+    """The same, with what Flower's caller gets."""
     torch.manual_seed(0)
     model, layout = get_model("mlp", 10, 1, 8, width=0.05)
     fleet = make_fleet("linear:5", num_clients, seed=0)
@@ -55,8 +69,9 @@ def simulate(
     )
     rows: list[dict] = []
     made = strategy(FedAvgConfig(), replace(setting, **changes), rows.append)
-    made.start(LocalTransport(handler, num_clients), ArrayRecord(model.state_dict()), num_rounds)
-    return [{"event": row["event"], **row} for row in rows]
+    transport, arrays = LocalTransport(handler, num_clients), ArrayRecord(model.state_dict())
+    result = made.start(transport, arrays, num_rounds, evaluate_fn=evaluate_fn)
+    return [{"event": row["event"], **row} for row in rows], result
 
 
 def device_times(num_clients: int = 4) -> dict[int, float]:
@@ -70,6 +85,42 @@ def test_a_barrier_lasts_as_long_as_its_slowest_client():
     merges = select(simulate(LoopConfig(), 3), "merge")
     assert [m["time_s"] for m in merges] == pytest.approx([max(times.values()) * n for n in (1, 2, 3)])
     assert {m["num_merged"] for m in merges} == {4}
+
+
+def shifted(instruction: Instruction) -> Report:
+    """Move every weight by one."""
+    report = echo(instruction)
+    return replace(report, state={key: tensor + 1 for key, tensor in report.state.items()})
+
+
+def test_flowers_own_evaluate_fn_sees_the_model_before_training_and_whenever_evaluation_is_due():
+    seen: dict[int, ArrayRecord] = {}
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        seen[server_round] = arrays
+        return MetricRecord({"score": float(server_round)}) if server_round != 4 else None
+
+    _, result = run_to_result(LoopConfig(), 5, shifted, evaluate_fn=evaluate, evaluate_every=2)
+    assert list(seen) == [0, 2, 4, 5], "every second round, and the last"
+    states = {n: arrays.to_torch_state_dict() for n, arrays in seen.items()}
+    for n, state in states.items():
+        assert all(torch.allclose(tensor, states[0][key] + n) for key, tensor in state.items())
+    final = result.arrays.to_torch_state_dict()
+    assert all(torch.equal(tensor, states[5][key]) for key, tensor in final.items())
+    assert dict(result.evaluate_metrics_serverapp) == {n: MetricRecord({"score": float(n)}) for n in (0, 2, 5)}
+
+
+@pytest.mark.parametrize("own", [None, MetricRecord({"accuracy": 0.75})])
+def test_what_evaluate_fn_returns_replaces_the_runs_own_metrics_in_the_result_and_nothing_in_the_log(own):
+    rows, result = run_to_result(
+        LoopConfig(),
+        1,
+        evaluate_fn=lambda server_round, arrays: own,
+        evaluate=lambda *state: {"accuracy": 0.5, "loss": 1.0},
+    )
+    assert {row["accuracy"] for row in select(rows, "evaluation")} == {0.5}
+    ours = MetricRecord({"accuracy": 0.5, "loss": 1.0})
+    assert dict(result.evaluate_metrics_serverapp) == dict.fromkeys((0, 1), own or ours)
 
 
 @pytest.mark.parametrize("quorum", [1, 2, 3, 4, 5])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from wire.flat import ConfigError, cast_scalar, from_flat, known_keys, nearest, require, to_flat
+from wire.flat import ConfigError, cast_scalar, from_flat, known_keys, nearest, require, require_choice, to_flat
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ def test_flattening_and_building_are_inverse():
 
 def test_known_keys_carry_their_types():
     assert known_keys(Outer) == {"num-rounds": int, "is-fast": bool, "name": str, "inner.step-size": float}
+
+
+def test_a_choice_names_the_nearest_and_looks_for_it_only_where_it_is_wrong(monkeypatch):
+    with pytest.raises(ConfigError, match=r"rule: got 'mediam', expected 'mean' or 'median'; did you mean 'median'\?"):
+        require_choice("rule", "mediam", ("mean", "median"))
+    monkeypatch.setattr("wire.flat.nearest", lambda word, known: pytest.fail("a search for nothing"))
+    require_choice("rule", "median", ("mean", "median"))
 
 
 def test_an_unknown_key_names_the_nearest_known_one():
