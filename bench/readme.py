@@ -110,7 +110,8 @@ def bounds() -> list[dict[str, Any]]:
             f"{ratios['prefix_over_slicing']:.2f} of its CPU, scattered units {ratios['scattered_over_slicing']:.2f}"
         )
         rows.append({"what": what, "found": found})
-    if steps := [row for name in ("step", "step_vit") if (record := load(name)) for row in record["results"]["rows"]]:
+    if step := load("step"):
+        steps = step["results"]["rows"]
         worst, num_models = max(row["ratio"] for row in steps), len({row["model"] for row in steps})
         what = f"a training step of a resized model / of one built with those widths ({num_models} models, .75 to .25)"
         rows.append({"what": what, "found": f"at most {worst:.3f}"})
