@@ -64,6 +64,8 @@ ABLATIONS: dict[str, Keys] = {
     "averaged halves": {"adasplit.client-sync": "average"},
     "frozen exchange": {"adasplit.exchange": "frozen"},
     "fp16": {"adasplit.precision": "fp16"},
+    "third layer": {"adasplit.cut": "3"},
+    "third layer, hand-off": {"adasplit.cut": "3", "adasplit.exchange": "exact", "adasplit.client-sync": "handoff"},
     "ucb, 50 clients": {"num-clients": 50},
     "random, 50 clients": {"num-clients": 50, "adasplit.selection": "random"},
 }
@@ -120,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--part", action="append", choices=("compare", "ablations", "sweeps"))
     parser.add_argument("--benchmark", action="append", choices=[name for name in BENCHMARKS if name != "digits"])
     parser.add_argument("--method", action="append", choices=list(METHODS), help="compare only these; repeatable")
+    parser.add_argument("--variant", action="append", choices=list(ABLATIONS), help="only these ablations; repeatable")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000, help="of a client (default 2000; the paper has 12,000)")
@@ -159,7 +162,7 @@ def tables_of(benchmark: str, chosen: argparse.Namespace, deadline: float) -> li
         made.append({"title": f"{benchmark}: methods", "rows": rows_of(benchmark, cases, chosen)})
     rate = rates["adasplit"]
     if "ablations" in chosen.part and benchmark == "mixed-cifar":
-        variants, seeds = ("", *ABLATIONS), seeds_of(chosen)
+        variants, seeds = ("", *(chosen.variant or ABLATIONS)), seeds_of(chosen)
         cases = [Case(benchmark, "adasplit", v, seed, rate, budget) for v in variants for seed in seeds]
         run_missing(cases, chosen, deadline)
         made.append({"title": f"{benchmark}: ablations of AdaSplit", "rows": rows_of(benchmark, cases, chosen)})
