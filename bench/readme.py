@@ -16,7 +16,7 @@ README, ALL = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 HEAD = """# Every kept figure
 
 Written by `python -m bench.readme` from `bench/results`; each section names the command that made it. Training lies on
-the virtual clock. CPU times are compared only within one run.
+the virtual clock, except of testbed and soak, which are real processes. CPU times are compared only within one run.
 """
 BESIDE = "of its own beside it"
 TESTBED_RUNS = {"adaptcl": "AdaptCL", "adaptcl-works": "AdaptCL whose spare time works"}
