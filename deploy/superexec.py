@@ -3,7 +3,7 @@
 A SuperNode's SuperExec starts a process for every message. Python, Flower and torch are four seconds of CPU in each:
 many times what a small model takes to train, and most where the device is slow. Here they are imported once, and a
 client is a copy of that process: still one of its own, for one message, with the app's code from the bundle that Flower
-delivers. The price is that the modules stay in memory between messages (about 250 MB, shared with the clients);
+delivers. The price is that the modules stay in memory between messages (about 140 MiB, shared with the clients);
 PRUNUS_PRELOAD=no does without. The module's own ``subprocess`` is replaced by one that forks where it would start
 ``flwr-clientapp``.
 

@@ -17,7 +17,7 @@ Settings (environment, see env/supernode.env):
   PRUNUS_DATA          folder of the data sets on this device, or an .npz file: all of it is this device's share
   PRUNUS_MEMORY_BYTES  refuse sub-models that need more memory to train; unset: no limit
   PRUNUS_POLL_S        seconds between two looks for work (0.5); Flower's own 3 s would be most of a short round
-  PRUNUS_PRELOAD       yes: import torch once and fork the client of each message, 250 MB that stay in memory; or no
+  PRUNUS_PRELOAD       yes: import torch once and fork the client of each message, 140 MiB that stay in memory; or no
   PRUNUS_NODE_PORT     port of the node's own loopback service (9094); one for each SuperNode of a machine
 --insecure-loopback    no TLS and no key, for trials on one machine: any other address is refused
 END
