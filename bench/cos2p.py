@@ -104,6 +104,8 @@ METHODS: dict[str, Keys] = {
     "fiarse": {"strategy": "fiarse"},
 }
 RIVALS = ("fedavg", "only-capable", "smallest-everywhere", "heterofl", "fjord", "fedrolex", "depthfl", "fiarse")
+MASK_ROUNDS = 12
+"""Rounds until no client learns a mask any more, which makes them longer."""
 QUICK = ("cos2p", "cos2p synchronous", "fedavg")
 
 
@@ -166,7 +168,9 @@ def job_of(task: str, seed: int, method: str, options: argparse.Namespace) -> Jo
         **METHODS[method],
     }
     name = f"{task}_seed{seed}_{method.replace(' ', '-')}"
-    return Job(name, keys, options.store, outcome, budget_s=budget_of(task, options))
+    learns_masks = keys["strategy"] == "cos2p" and "cos2p.masks" not in keys and not options.quick
+    probe_rounds = MASK_ROUNDS if learns_masks else Job.probe_rounds
+    return Job(name, keys, options.store, outcome, budget_s=budget_of(task, options), probe_rounds=probe_rounds)
 
 
 def outcome(log: Path) -> dict[str, Any]:

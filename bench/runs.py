@@ -26,7 +26,6 @@ Measure = Callable[[Path], dict[str, Any]]
 STORES = RESULTS.parents[1] / "results" / "bench"
 NUM_POINTS = 16
 """Evaluations of a curve."""
-PROBE_ROUNDS = 4
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 """Where torchvision keeps a data set."""
 
@@ -63,6 +62,7 @@ class Job:
         a constant learning rate.
     budget_s : take as many rounds as fit into this virtual time, instead of ``num-rounds``, and anneal the learning
         rate over them. A probe finds out how many.
+    probe_rounds : of the probe; the second half of them must be like those that follow.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Job:
     measure: Measure
     until_s: float = 0.0
     budget_s: float = 0.0
+    probe_rounds: int = 4
 
     @property
     def path(self) -> Path:
@@ -165,7 +166,7 @@ def _outcome(job: Job, home: Path) -> dict[str, Any]:
     home.mkdir()
     folder, keys = home / "0", {**job.keys, "keep-checkpoints": 1, "num-workers": 1}
     if job.budget_s:
-        probe = {"num-rounds": PROBE_ROUNDS, "train.schedule": "constant", "run-dir": str(home / "probe")}
+        probe = {"num-rounds": job.probe_rounds, "train.schedule": "constant", "run-dir": str(home / "probe")}
         run_local(parse({**keys, **probe}), show=None)
         keys |= rounds_within(home / "probe" / "events.jsonl", job.budget_s)
     run_local(parse({**keys, "run-dir": str(folder)}), show=None)
@@ -182,13 +183,14 @@ def _outcome(job: Job, home: Path) -> dict[str, Any]:
 
 
 def rounds_within(log: Path, budget_s: float) -> Keys:
-    """The rounds that fit into a virtual time, with their evaluations, at the pace of a probe's last round.
+    """The rounds that fit into a virtual time, with their evaluations, at the pace of the second half of a probe.
 
     What makes the first rounds longer, such as a mask phase, is charged once.
     """
     times = [0.0] + [row["time_s"] for row in read(log) if row["event"] == "merge"]
-    pace_s = times[-1] - times[-2]
-    num_rounds = len(times) - 1 + max(0, round((budget_s - times[-1]) / max(pace_s, 1e-9)))
+    done = len(times) - 1
+    pace_s = (times[-1] - times[done // 2]) / (done - done // 2)
+    num_rounds = done + max(0, round((budget_s - times[-1]) / max(pace_s, 1e-9)))
     every = max(1, num_rounds // NUM_POINTS)
     return {"num-rounds": num_rounds, "evaluation.every": every, "evaluation.family-every": every}
 
