@@ -35,6 +35,7 @@ ADAPTCL_COLUMNS = (
     "MACs",
 )
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
+COS2P_COLUMNS = ("method", "seeds", "rounds", "base", "best of family", "clients' own", "utilisation", "upload MB")
 BASELINES_COLUMNS = (
     "method",
     "seeds",
@@ -55,6 +56,7 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     parts = {
         "adaptcl": columns_part(("adaptcl", "adaptcl_small", "adaptcl_cifar10", "adaptcl_vgg11"), ADAPTCL_COLUMNS),
+        "cos2p": columns_part(("cos2p", "cos2p_cifar10"), COS2P_COLUMNS),
         "adp": columns_part(("adp",), ADP_COLUMNS),
         "baselines": columns_part(("baselines",), BASELINES_COLUMNS),
         "bounds": markdown(bounds()),
