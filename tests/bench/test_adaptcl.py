@@ -85,7 +85,7 @@ def test_an_outcome_has_the_stragglers_time_at_the_smallest_model(tmp_path):
 def options_of(store, **more):
     flags = {"method": None, "ablations": False, "asynchronous": False, "sparsity": 0.0, "kept": True, "quick": False}
     what = {"task": ["digits"], "sigma": [5.0], "seed": 0, "seeds": 1, "data_dir": "data", "store": store}
-    return argparse.Namespace(**{**flags, **what, **more})
+    return argparse.Namespace(**{**flags, **what, **more, "device": "cpu"})
 
 
 @pytest.mark.parametrize(

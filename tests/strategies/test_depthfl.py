@@ -101,9 +101,9 @@ def test_every_exit_is_in_the_family_and_tested_and_the_ensemble_is_what_counts(
     rows = tiny_run(tmp_path / "run", **CNN)
     row = select(rows, "evaluation")[-1]
     members = {member["name"]: member for member in row["family"]}
-    assert list(members) == ["exit2", "exit1", "base"]
+    assert list(members) == ["exit 2", "exit 1", "base"]
     assert len(row["exits"]) == 3
-    assert members["exit1"]["accuracy"] == pytest.approx(row["exits"][0])
+    assert members["exit 1"]["accuracy"] == pytest.approx(row["exits"][0])
     deepest = tiny_run(tmp_path / "deepest", **{**CNN, "depthfl.predict": "deepest"})
     other = select(deepest, "evaluation")[-1]
     assert other["exits"] == row["exits"]
@@ -114,7 +114,7 @@ def test_exits_that_nobody_trains_stand_for_nothing(tmp_path):
     row = select(tiny_run(tmp_path / "run", **{**CNN, "depthfl.exits": "2,1"}), "evaluation")[-1]
     assert row["depth"] == 2
     assert len(row["exits"]) == 2
-    assert [member["name"] for member in row["family"]] == ["exit1", "base"]
+    assert [member["name"] for member in row["family"]] == ["exit 1", "base"]
 
 
 def test_clients_test_their_own_depth_with_what_they_predict_with(tmp_path):
