@@ -256,6 +256,7 @@ def _ledger_row(
     staleness = [row.staleness for row in merged if row.staleness is not None]
     ratios = [row.retention_ratio for row in rows if row.retention_ratio is not None]
     depths = [row.depth for row in rows]
+    busy_s = sum(row.update_time_s for row in rows)
     counts = {f"num_{status}": sum(row.status == status for row in rows) for status in STATUSES}
     return {
         "partition_id": client.partition_id,
@@ -267,8 +268,8 @@ def _ledger_row(
         "download_s": sum(row.download_s for row in rows),
         "compute_s": sum(row.compute_s for row in rows),
         "upload_s": sum(row.upload_s for row in rows),
-        "update_time_s": sum(row.update_time_s for row in rows),
-        "utilisation_ratio": utilisation(sum(row.update_time_s for row in rows), 1, total_time_s),
+        "update_time_s": busy_s,
+        "utilisation_ratio": utilisation(busy_s, 1, total_time_s),
         "overhead_s": sum(row.overhead_s for row in rows),
         "wait_s": wait_s,
         "num_times_last": len(last),

@@ -20,7 +20,8 @@ from pruning.cost import measure_costs
 from pruning.extract import extract
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
-from wire.message import CompressionConfig, DataConfig, TrainConfig
+from tests.runs import tiny_run
+from wire.message import CompressionConfig, DataConfig, Instruction, Report, TrainConfig
 from wire.training import make_optimizer, optimizer_slots
 from zoo import get_model
 
@@ -61,6 +62,20 @@ def test_with_statistics_of_its_own_a_clients_test_does_not_depend_on_those_that
     train, test = client_examples(merged.job.data, 4, 0)
     reestimate_batch_norm(model, train)
     assert found == evaluate(model, test)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_statistics_of_its_own_are_asked_for_by_the_key_of_the_run(asked, tmp_path):
+    tests: list[Instruction] = []
+
+    def spy(instruction: Instruction) -> Report:
+        if instruction.action == "evaluate":
+            tests.append(instruction)
+        return handle(instruction)
+
+    settings = {"evaluation.where": "federated", "evaluation.own-statistics": asked}
+    tiny_run(tmp_path / "run", spy, strategy="fedavg", num_rounds=1, **settings)
+    assert {instruction.settings["own-statistics"] for instruction in tests} == {asked}
 
 
 def test_a_delta_is_the_trained_state_minus_what_was_sent(make_instruction):

@@ -22,6 +22,7 @@ from reporting.view import MAX_CLIENTS, View
 from tests.reporting.conftest import make_rows, write_run
 
 MakeRun = Callable[..., Path]
+REPLY = {"event": "arrival", "server_round": 1, "status": "merged", "update_time_s": 1.0, "start_s": 0, "finish_s": 1}
 VOID = {"meta", "br", "link", "img", "input", "hr", "wbr"}
 HOSTILE = "</svg></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac{1$ \x00\x1b[31m <!-- -->"
 
@@ -195,18 +196,10 @@ def test_reporting_imports_neither_flwr_nor_torch() -> None:
 
 
 def test_a_group_that_a_reply_does_not_name_is_shown_whole(make_run: MakeRun) -> None:
-    reply = {
-        "event": "arrival",
-        "server_round": 1,
-        "status": "merged",
-        "update_time_s": 1.0,
-        "start_s": 0,
-        "finish_s": 1,
-    }
     rows = [
         {"event": "run", "strategy": "heterofl"},
-        {**reply, "partition_id": 0, "widths": {"stem": 16, "inner": 4}},
-        {**reply, "partition_id": 1, "widths": {"stem": 8}},
+        {**REPLY, "partition_id": 0, "widths": {"stem": 16, "inner": 4}},
+        {**REPLY, "partition_id": 1, "widths": {"stem": 8}},
     ]
     with style():
         picture = draw_widths(View(read_events(make_run(rows=rows))))
@@ -216,18 +209,10 @@ def test_a_group_that_a_reply_does_not_name_is_shown_whole(make_run: MakeRun) ->
 
 
 def test_a_block_that_a_client_does_not_hold_is_shown_as_nothing(make_run: MakeRun) -> None:
-    reply = {
-        "event": "arrival",
-        "server_round": 1,
-        "status": "merged",
-        "update_time_s": 1.0,
-        "start_s": 0,
-        "finish_s": 1,
-    }
     rows = [
         {"event": "run", "strategy": "depthfl"},
-        {**reply, "partition_id": 0, "widths": {"block0": 16, "block1": 16}},
-        {**reply, "partition_id": 1, "widths": {"block0": 8, "block1": 0}, "depth": 1},
+        {**REPLY, "partition_id": 0, "widths": {"block0": 16, "block1": 16}},
+        {**REPLY, "partition_id": 1, "widths": {"block0": 8, "block1": 0}, "depth": 1},
     ]
     with style():
         picture = draw_widths(View(read_events(make_run(rows=rows))))
