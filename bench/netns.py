@@ -45,15 +45,15 @@ def run(*command: object) -> None:
         raise OSError(f"{' '.join(map(str, command))}: {(done.stderr or done.stdout).strip()}")
 
 
-def why_not() -> str:
-    """Why no such hosts can be made here; empty if they can."""
+def why_not(delay_s: float = 0.0, loss_ratio: float = 0.0) -> str:
+    """Why no hosts with such links can be made here; empty if they can."""
     if os.name != "posix" or not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "network namespaces and CPU quotas need root"
     missing = [name for name in ("ip", "tc", "unshare", "nsenter") if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed (iproute2, util-linux)"
     try:
-        with hosts([Host(0.5, 1e6)], "why-not"):
+        with hosts([Host(0.5, 1e6, delay_s, loss_ratio)], "why-not"):
             return ""
     except OSError as error:
         return str(error)

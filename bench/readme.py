@@ -19,7 +19,11 @@ Written by `python -m bench.readme` from `bench/results`; each section names the
 the virtual clock, except of testbed and soak, which are real processes. CPU times are compared only within one run.
 """
 BESIDE = "of its own beside it"
-TESTBED_RUNS = {"adaptcl": "AdaptCL", "adaptcl-works": "AdaptCL whose spare time works"}
+TESTBED_RUNS = {
+    "adaptcl": "AdaptCL",
+    "adaptcl-regrows": "AdaptCL that gives widths back",
+    "adaptcl-works": "AdaptCL whose spare time works",
+}
 """How sentences call the testbed's AdaptCLs."""
 
 ADAPTCL_COLUMNS = (
@@ -187,25 +191,13 @@ def of_devices() -> list[dict[str, Any]]:
         rows.append({"what": what, "found": found})
         what = "nodes that ask for work every half second and keep one core of a SuperLink (with database) busy"
         rows.append({"what": what, "found": f"{1 / message['results']['idle_node_cpu_ratio']:.0f}"})
-    if (testbed := load("testbed")) and (found := testbed["results"].get("verdict")):
+    if (testbed := load("testbed")) and (variants := testbed["results"].get("variants")):
         where = "four unequal hosts, real quotas and links: "
-        slowest, fastest = found["slowest host / reference"], found["fastest host / reference"]
-        rows += [
-            {
-                "what": f"{where}AdaptCL's slowest and fastest host / its reference",
-                "found": f"{slowest:.2f}, {fastest:.2f}",
-            },
-            *(
-                {"what": where + what, "found": saved}
-                for what, saved in map(of_variant, testbed["results"]["variants"])
-            ),
-            {
-                "what": f"{where}learned retention ratios against the virtual clock's, mean error",
-                "found": f"{found['mean error of the predicted rates']:.3f}",
-            },
-        ]
-        if (busier := found.get("Co-S2P's utilisation / its synchronous self's")) is not None:
-            rows.append({"what": f"{where}Co-S2P's utilisation / its synchronous self's", "found": f"{busier:.2f}"})
+        for row in variants:
+            rows += [{"what": where + what, "found": found} for what, found in of_variant(row).items()]
+        if cos2p := testbed["results"].get("cos2p"):
+            what = f"{where}Co-S2P's utilisation / its synchronous self's"
+            rows.append({"what": what, "found": f"{cos2p['utilisation_ratio']:.2f}"})
     if soak := load("soak"):
         found = soak["results"]
         hurt = ", ".join(f"{count} x {kind}" for kind, count in found["injected"].items())
@@ -241,13 +233,24 @@ def title_of(table: Mapping[str, Any]) -> str:
     return " · ".join(f"{key} {shown(value)}" for key, value in table.items() if not isinstance(value, list | dict))
 
 
-def of_variant(row: dict[str, Any]) -> tuple[str, str]:
-    """What one of the testbed's AdaptCLs saves, and what its model is worth, on unseen images if there were any."""
+def of_variant(row: dict[str, Any]) -> dict[str, str]:
+    """What one of the testbed's AdaptCLs saves, what its model is worth (on unseen images if there were any), and how
+    equal it has made the hosts: what was measured -> found."""
     unseen = row["accuracy_gained_unseen"]
     gain = row["accuracy_gained"] if unseen is None else unseen
-    saved = f"{-row['wall_time_saved']:.0%}, {-row['update_time_saved']:.0%}, {100 * gain:+.1f} points"
-    against = f"wall and update time, and accuracy, against FedAvg's ({row['rounds_ratio']:g} x its rounds)"
-    return f"{TESTBED_RUNS[row['run']]}: {against}", saved
+    name, rounds = TESTBED_RUNS[row["run"]], f"{row['rounds_ratio']:g} x its rounds"
+    after_five, at_last = (
+        f"{row[f'fastest_{when}']:.2f} to {row[f'slowest_{when}']:.2f}" for when in ("after_five", "at_last")
+    )
+    return {
+        f"{name}: wall and update time, and accuracy, against FedAvg's ({rounds})": (
+            f"{-row['wall_time_saved']:.0%}, {-row['update_time_saved']:.0%}, {100 * gain:+.1f} points"
+        ),
+        f"{name}: hosts' update times / the reference's, after five decisions; at last (aim: .85 to 1.15)": (
+            f"{after_five}; {at_last}"
+        ),
+        f"{name}: retention ratios / the virtual clock's, mean error": f"{row['rate_error']:.3f}",
+    }
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -8,7 +8,19 @@ import json
 import pytest
 
 from bench import testbed
-from bench.testbed import MORE_ROUNDS, RUNS, against, busy_s, compare_hosts, fleet, judge, settings, total
+from bench.testbed import (
+    MORE_ROUNDS,
+    RUNS,
+    against,
+    against_synchronous,
+    busy_s,
+    compare_learned,
+    describe_hosts,
+    fleet,
+    judge_learned,
+    settings,
+    total,
+)
 from server_app.config import parse
 from tests.runs import tiny_run
 
@@ -27,8 +39,11 @@ def evaluation(wall_s, accuracy, reestimated=0.0):
     return {"event": "evaluation", "wall_s": wall_s, "accuracy": accuracy, "accuracy_reestimated": reestimated}
 
 
-def decision(rates, times_s=None, reference_s=1.0):
-    return {"event": "decision", "rates": rates, "update_times_s": times_s or {}, "reference_s": reference_s}
+def decision(rates, times_s=None, reference_s=1.0, floors=()):
+    rates = {str(host): rate for host, rate in enumerate(rates)}
+    times_s = {str(host): time_s for host, time_s in enumerate(times_s or [])}
+    about = {"work_ratios": dict.fromkeys(rates, 1.0), "floors": list(floors)}
+    return {"event": "decision", "rates": rates, "update_times_s": times_s, "reference_s": reference_s, **about}
 
 
 def log_of(folder, rows):
@@ -43,6 +58,7 @@ def test_the_fleets_cores_and_links_fall_evenly_to_a_quarter_and_the_cores_add_u
     assert [hosts[0].bytes_per_s / host.bytes_per_s for host in hosts] == pytest.approx([1, 2, 3, 4])
     assert sum(host.cores for host in hosts) == pytest.approx(1.5)
     assert fleet(2, 64)[0].cores == 1.0, "a client computes on one core"
+    assert {(host.delay_s, host.loss_ratio) for host in fleet(2, 1.0, 0.02, 0.001)} == {(0.02, 0.001)}
 
 
 def test_every_run_is_a_config_that_parses_and_has_its_share_of_rounds():
@@ -57,35 +73,43 @@ def test_the_time_without_the_engines_share_is_that_of_each_rounds_slowest_merge
     assert busy_s(rows) == 6.0
 
 
-def test_hosts_are_compared_in_units_of_the_fastest_and_of_adaptcls_reference():
+def test_hosts_are_compared_in_units_of_fedavgs_fastest_in_its_last_round():
     before = [arrival(1, 0, 9.0), arrival(1, 1, 9.0), arrival(2, 0, 2.0), arrival(2, 1, 8.0)]
-    after = [decision({"0": 1.0, "1": 0.4}, {"0": 3.0, "1": 3.3}, 3.0)]
-    virtual = [decision({"0": 1.0, "1": 0.9}), decision({"0": 1.0, "1": 0.3})]
-    first, second = compare_hosts(before, after, virtual, fleet(2, 1.0))
-    assert (first["fedavg_time"], second["fedavg_time"]) == (1.0, 4.0), "in the last round"
-    assert (first["adaptcl_time"], second["adaptcl_time"]) == (1.0, pytest.approx(1.1))
+    first, second = describe_hosts(before, fleet(2, 1.0))
+    assert (first["fedavg_time"], second["fedavg_time"]) == (1.0, 4.0)
+
+
+def test_what_five_decisions_came_to_is_what_the_sixth_went_by():
+    after = [decision([1.0, 0.5], [2.0, 2.0 + number]) for number in range(7)]
+    after.append(decision([1.0, 0.4], [3.0, 3.3], reference_s=3.0, floors=[1]))
+    virtual = [decision([1.0, 0.9]), decision([1.0, 0.3])]
+    first, second = compare_learned(after, virtual)
+    assert (first["after_five"], second["after_five"]) == (2.0, 7.0)
+    assert (first["at_last"], second["at_last"]) == (1.0, pytest.approx(1.1))
     assert (second["rate"], second["rate_predicted"]) == (0.4, 0.3)
+    assert (first["is_floored"], second["is_floored"]) == (False, True)
+    [only, _] = compare_learned(after[:1], virtual)
+    assert only["after_five"] == only["at_last"] == 2.0, "of a short run the last one"
 
 
-def test_the_verdict_says_how_far_everybody_is_from_the_reference_and_the_rates_from_the_predicted_ones(tmp_path):
+def test_the_verdict_says_how_far_everybody_is_from_the_reference_and_the_rates_from_the_predicted_ones():
     rows = [
-        {"rate": 1.0, "rate_predicted": 1.0, "adaptcl_time": 0.9},
-        {"rate": 0.4, "rate_predicted": 0.3, "adaptcl_time": 1.2},
-        {"rate": None, "rate_predicted": 0.5, "adaptcl_time": None},
+        {"rate": 1.0, "rate_predicted": 1.0, "after_five": 0.9, "at_last": 0.8},
+        {"rate": 0.4, "rate_predicted": 0.3, "after_five": 1.2, "at_last": 1.1},
+        {"rate": 0.4, "rate_predicted": None, "after_five": None, "at_last": None},
     ]
-    runs = [
-        {"run": "cos2p", "utilisation": 0.6, "accuracy": 0.7, "wall_s": 10.0},
-        {"run": "cos2p-synchronous", "utilisation": 0.4, "accuracy": 0.8, "wall_s": 30.0},
-    ]
+    found = judge_learned(rows)
+    assert (found["fastest_after_five"], found["slowest_after_five"]) == (0.9, 1.2)
+    assert (found["fastest_at_last"], found["slowest_at_last"]) == (0.8, 1.1)
+    assert found["rate_error"] == pytest.approx(0.05)
+
+
+def test_cos2p_is_compared_with_its_synchronous_self_at_the_same_wall_time(tmp_path):
     log = log_of(tmp_path / "log", [evaluation(0.0, 0.1), evaluation(9.0, 0.3, 0.5), evaluation(30.0, 0.8)])
-    verdict = judge({"rows": rows, "runs": runs}, {"cos2p-synchronous": log})
-    assert verdict["nobody over 15 % slower than the reference"] is False
-    assert (verdict["slowest host / reference"], verdict["fastest host / reference"]) == (1.2, 0.9)
-    assert verdict["mean error of the predicted rates"] == pytest.approx(0.05)
-    assert verdict["Co-S2P's utilisation / its synchronous self's"] == pytest.approx(1.5)
-    better = verdict["Co-S2P's accuracy over its synchronous self's, same wall time"]
-    assert better == pytest.approx(0.2), ".5 is what the other had by then, re-estimated"
-    assert judge({"rows": rows[:1], "runs": []}, {})["nobody over 15 % slower than the reference"] is True
+    ours, other = {"utilisation": 0.6, "accuracy": 0.7, "wall_s": 10.0}, {"utilisation": 0.4}
+    found = against_synchronous(ours, other, log)
+    assert found["utilisation_ratio"] == pytest.approx(1.5)
+    assert found["accuracy_gained_same_wall_time"] == pytest.approx(0.2), ".5 is what it had by then, re-estimated"
 
 
 def test_a_variants_gain_is_against_fedavgs_end_and_against_fedavg_at_the_same_time(tmp_path):
@@ -110,7 +134,7 @@ def test_a_runs_row_is_read_from_its_event_log(tmp_path):
 
 
 def test_where_no_hosts_can_be_made_it_says_why_and_measures_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(testbed, "why_not", lambda: "not root")
+    monkeypatch.setattr(testbed, "why_not", lambda *link: "not root")
     monkeypatch.setattr("sys.argv", ["bench", "--quick", "--out", str(tmp_path / "result.json")])
     assert testbed.main()["results"] == {"skipped": "not root"}
     assert "no unequal hosts can be made here: not root" in capsys.readouterr().out
