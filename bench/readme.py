@@ -22,6 +22,7 @@ BESIDE = "of its own beside it"
 TESTBED_RUNS = {
     "adaptcl": "AdaptCL",
     "adaptcl-regrows": "AdaptCL that gives widths back",
+    "adaptcl-plain": "AdaptCL that gives widths back, plain objective",
     "adaptcl-works": "AdaptCL whose spare time works",
 }
 """How sentences call the testbed's AdaptCLs."""
@@ -36,6 +37,7 @@ ADAPTCL_COLUMNS = (
     "best of family",
     "best at AdaptCL's time",
     "over smallest-everywhere",
+    "upload",
     "MACs",
 )
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
