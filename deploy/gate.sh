@@ -21,9 +21,6 @@ END
 }
 
 [[ $# -eq 0 ]] || { usage; [[ "$1" == -h || "$1" == --help ]] && exit 0 || exit 2; }
-[[ "$(id -u)" -ne 0 ]] || fail "not as root: use systemd/prunus-gate.service, or runuser -u prunus -- $home/gate.sh"
-export PATH="$PATH:/usr/local/sbin:/usr/sbin"  # where nginx is, and what is no user's path
-command -v nginx >/dev/null || fail "nginx is not installed (apt-get install nginx-light)"
 [[ -n "${PRUNUS_STATE:-}" ]] || fail "PRUNUS_STATE is not set"
 certificates="$(realpath -- "${PRUNUS_CERTIFICATES:-/nonexistent}" 2>/dev/null || true)"
 need_file PRUNUS_CERTIFICATES "$certificates/server.key" "the folder that certificates.sh makes"
@@ -32,6 +29,9 @@ devices="${PRUNUS_GATE_DEVICES:-64}"
 for setting in "${PRUNUS_GATE:-}" "${PRUNUS_HOST:-}" "${PRUNUS_PORT:-}" "${PRUNUS_NAME:-}"; do
     [[ "$setting" =~ ^[][A-Za-z0-9.:_-]*$ ]] || fail "'$setting' is neither a name, an address nor a port"
 done
+[[ "$(id -u)" -ne 0 ]] || fail "not as root: use systemd/prunus-gate.service, or runuser -u prunus -- $home/gate.sh"
+export PATH="$PATH:/usr/local/sbin:/usr/sbin"  # where nginx is, and what is no user's path
+command -v nginx >/dev/null || fail "nginx is not installed (apt-get install nginx-light)"
 umask 077
 mkdir -p "$PRUNUS_STATE/gate"
 state="$(realpath -- "$PRUNUS_STATE/gate")"
@@ -41,4 +41,4 @@ done
 sed -e "s|@STATE@|$state|g" -e "s|@CERTIFICATES@|$certificates|g" -e "s|@LISTEN@|${PRUNUS_GATE:-0.0.0.0:9443}|g" \
     -e "s|@SUPERLINK@|${PRUNUS_HOST:-127.0.0.1}:${PRUNUS_PORT:-8000}|g" -e "s|@NAME@|${PRUNUS_NAME:-localhost}|g" \
     -e "s|@RATE@|$((4 * devices))|g" -e "s|@BURST@|$((40 * devices))|g" -e "s|@CONNECTIONS@|$((4 * devices))|g" "$home/nginx.conf" >"$state/nginx.conf"
-exec nginx -e "$state/nginx-error.log" -p "$state" -c "$state/nginx.conf" -g "daemon off;"
+exec nginx -e stderr -p "$state" -c "$state/nginx.conf" -g "daemon off;"
