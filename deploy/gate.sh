@@ -22,8 +22,8 @@ END
 
 [[ $# -eq 0 ]] || { usage; [[ "$1" == -h || "$1" == --help ]] && exit 0 || exit 2; }
 [[ -n "${PRUNUS_STATE:-}" ]] || fail "PRUNUS_STATE is not set"
-certificates="$(realpath -- "${PRUNUS_CERTIFICATES:-/nonexistent}" 2>/dev/null || true)"
-need_file PRUNUS_CERTIFICATES "$certificates/server.key" "the folder that certificates.sh makes"
+certificates="$(realpath -- "${PRUNUS_CERTIFICATES:-}" 2>/dev/null || printf '%s' "${PRUNUS_CERTIFICATES:-}")"
+need_file PRUNUS_CERTIFICATES "${certificates:+$certificates/server.key}" "the folder that certificates.sh makes"
 devices="${PRUNUS_GATE_DEVICES:-64}"
 [[ "$devices" =~ ^[1-9][0-9]{0,5}$ ]] || fail "PRUNUS_GATE_DEVICES: got '$devices', expected a number from 1"
 for setting in "${PRUNUS_GATE:-}" "${PRUNUS_HOST:-}" "${PRUNUS_PORT:-}" "${PRUNUS_NAME:-}"; do
@@ -40,5 +40,6 @@ for path in "$state" "$certificates"; do
 done
 sed -e "s|@STATE@|$state|g" -e "s|@CERTIFICATES@|$certificates|g" -e "s|@LISTEN@|${PRUNUS_GATE:-0.0.0.0:9443}|g" \
     -e "s|@SUPERLINK@|${PRUNUS_HOST:-127.0.0.1}:${PRUNUS_PORT:-8000}|g" -e "s|@NAME@|${PRUNUS_NAME:-localhost}|g" \
-    -e "s|@RATE@|$((4 * devices))|g" -e "s|@BURST@|$((40 * devices))|g" -e "s|@CONNECTIONS@|$((4 * devices))|g" "$home/nginx.conf" >"$state/nginx.conf"
+    -e "s|@RATE@|$((4 * devices))|g" -e "s|@BURST@|$((40 * devices))|g" -e "s|@CONNECTIONS@|$((4 * devices))|g" \
+    "$home/nginx.conf" >"$state/nginx.conf"
 exec nginx -e stderr -p "$state" -c "$state/nginx.conf" -g "daemon off;"

@@ -37,9 +37,10 @@ if [[ $is_insecure == yes ]]; then
     is_loopback "$host" || fail "--insecure-loopback: $host is not this machine; use certificates.sh and leave the flag out"
     arguments+=(--insecure)
 else
-    certificates="$(realpath -- "${PRUNUS_CERTIFICATES:-/nonexistent}" 2>/dev/null || true)"
+    # as it is given where it cannot be looked at: the message is to name it
+    certificates="$(realpath -- "${PRUNUS_CERTIFICATES:-}" 2>/dev/null || printf '%s' "${PRUNUS_CERTIFICATES:-}")"
     for name in ca.crt server.pem server.key; do
-        need_file PRUNUS_CERTIFICATES "$certificates/$name" "the folder that certificates.sh makes"
+        need_file PRUNUS_CERTIFICATES "${certificates:+$certificates/$name}" "the folder that certificates.sh makes"
     done
     need_private "$certificates/server.key"
     arguments+=(--ssl-ca-certfile "$certificates/ca.crt" --ssl-certfile "$certificates/server.pem")

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.hosts import free_port
+from bench.hosts import Federation, free_port, rows_of, wait_until
+from tests.deploy.conftest import SMALL
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 MIB = 2**20
@@ -275,6 +276,32 @@ def test_by_default_the_devices_of_one_router_are_served_at_once(gate, superlink
         superlink.held.set()
         for connection in connections:
             connection.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is needed to make keys")
+def test_a_run_goes_through_the_gate_and_a_revoked_device_is_out_at_once(folder, tmp_path):
+    """Real processes; after the revocation nothing is restarted, and the other device stays."""
+    with Federation(tmp_path / "f", 0, is_secure=True, poll_s=0.5) as federation:
+        copied = folder / "federation"
+        copied.mkdir()
+        for name in ("ca.crt", "server.pem", "server.key"):
+            shutil.copy(federation.folder / "certificates" / name, copied / name)
+        if os.geteuid() == 0:
+            os.chown(copied / "server.key", NOBODY, -1)
+        gate = Gate(folder, "between", copied, federation.port)
+        try:
+            for i in range(2):
+                federation.start_node(f"n{i}", i, PRUNUS_SUPERLINK=f"localhost:{gate.port}")
+            run_dir = tmp_path / "run"
+            run = federation.submit(run_dir, "strategy=fedavg", "num-rounds=1", *SMALL)
+            assert run.popen.wait(timeout=600) == 0, run.text()
+            assert [row["num_merged"] for row in rows_of(run_dir) if row["event"] == "merge"] == [2]
+            federation.script("node-key.sh", "revoke", str(federation.node_id("n1")))
+            wait_until(lambda: not federation.nodes["n1"].is_alive, 60, "the end of the revoked device's process")
+            assert federation.nodes["n0"].is_alive
+        finally:
+            gate.stop()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")
