@@ -12,6 +12,8 @@ FOLDER gets
   ca.crt       what SuperNodes and the flwr command trust: copy it to every device
   ca.pem/.key  the authority that signs now; ca.key is all it takes to impersonate your server: keep it off the server
   server.pem/.key  of the SuperLink; valid PRUNUS_CERTIFICATE_DAYS days (397)
+Everybody may enter FOLDER, only the owner reads a .key. Give server.key to the user that the SuperLink runs as, once:
+a key that is renewed belongs to whom the one before belonged to.
 To rotate the authority: --new-ca, copy ca.crt to every device and restart its SuperNode, renew the server's
 certificate, restart the SuperLink, then --drop-old-ca and copy ca.crt once more.
 END
@@ -22,12 +24,23 @@ fail() {
     exit 2
 }
 
+# replace NEW OLD: NEW takes the place of OLD, and its owner: a service that could read its key still can.
+replace() {
+    local owner
+    if [[ -e "$2" ]]; then
+        owner="$(stat -c %u -- "$2" 2>/dev/null || stat -f %u -- "$2")"
+        [[ "$owner" == "$(id -u)" ]] || chown "$owner" "$1" 2>/dev/null ||
+            fail "$2 belongs to user number $owner, who could not read a new one of yours: run this as root or as that user"
+    fi
+    mv "$1" "$2"
+}
+
 new_ca() {
     openssl ecparam -name prime256v1 -genkey -noout -out "$folder/ca.key.new"
     openssl req -new -x509 -key "$folder/ca.key.new" -sha256 -days 3650 -out "$folder/ca.pem.new" \
         -subj "/O=Prunus/CN=Prunus authority $(date -u +%Y%m%d-%H%M%S)" \
         -addext "basicConstraints=critical,CA:TRUE,pathlen:0" -addext "keyUsage=critical,keyCertSign,cRLSign"
-    mv "$folder/ca.key.new" "$folder/ca.key"
+    replace "$folder/ca.key.new" "$folder/ca.key"
     mv "$folder/ca.pem.new" "$folder/ca.pem"
 }
 
@@ -39,14 +52,14 @@ sign_server() {
     done
     work="$(mktemp -d "$folder/.sign-XXXXXX")"
     # shellcheck disable=SC2064  # the folder of now
-    trap "rm -rf '$work'" RETURN
+    trap "rm -rf $(printf %q "$work")" EXIT
     printf 'subjectAltName=%s\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature,keyEncipherment\nextendedKeyUsage=serverAuth\nauthorityKeyIdentifier=keyid\n' \
         "${names#,}" >"$work/extensions"
     openssl ecparam -name prime256v1 -genkey -noout -out "$work/server.key"
     openssl req -new -key "$work/server.key" -subj "/O=Prunus/CN=${1:0:64}" -out "$work/server.csr"
     openssl x509 -req -in "$work/server.csr" -CA "$folder/ca.pem" -CAkey "$folder/ca.key" -set_serial "0x$(openssl rand -hex 16)" \
         -days "${PRUNUS_CERTIFICATE_DAYS:-397}" -sha256 -extfile "$work/extensions" -out "$work/server.pem" 2>/dev/null
-    mv "$work/server.key" "$folder/server.key"
+    replace "$work/server.key" "$folder/server.key"
     mv "$work/server.pem" "$folder/server.pem"
 }
 
@@ -66,8 +79,9 @@ case "${1:-}" in
 esac
 folder="$1"
 shift
+# what lies in it is public but for the keys, which are made with the umask that follows
+(umask 022 && mkdir -p "$folder")
 umask 077
-mkdir -p "$folder"
 case "$action" in
     server)
         if [[ ! -f "$folder/ca.key" ]]; then

@@ -13,7 +13,7 @@ is_loopback() {
 # need_file NAME PATH WHAT: the file of a setting exists and is readable.
 need_file() {
     [[ -n "$2" ]] || fail "$1 is not set: $3"
-    [[ -r "$2" ]] || fail "$1: cannot read $2: $3"
+    [[ -r "$2" ]] || fail "$1: cannot read $2: $3 (tried as user $(id -un 2>/dev/null || id -u))"
 }
 
 # need_private FILE: nobody but the owner (and root) reads a private key.

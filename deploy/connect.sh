@@ -6,13 +6,14 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
 
 usage() {
     cat <<'END'
-usage: connect.sh HOST:PORT CA_FILE             connection PRUNUS_CONNECTION (prunus) in FLWR_HOME/config.toml
-       connect.sh HOST:PORT --insecure-loopback
+usage: connect.sh HOST:PORT CA_FILE [--wait]    connection PRUNUS_CONNECTION (prunus) in FLWR_HOME/config.toml
+       connect.sh HOST:PORT --insecure-loopback [--wait]
+--wait: return when the SuperLink listens, which takes it some seconds from its start; give up after a minute.
 The folder is FLWR_HOME, ~/.flwr by default. An existing connection of that name is replaced.
 END
 }
 
-[[ $# -eq 2 ]] || { usage >&2; exit 2; }
+[[ $# -eq 2 || ($# -eq 3 && "$3" == --wait) ]] || { usage >&2; exit 2; }
 name="${PRUNUS_CONNECTION:-prunus}"
 [[ "$name" =~ ^[A-Za-z0-9_-]+$ ]] || fail "PRUNUS_CONNECTION: '$name' is no plain name"
 [[ "$1" =~ ^[][A-Za-z0-9.:_-]+:[0-9]+$ ]] || fail "'$1' is not HOST:PORT"
@@ -33,3 +34,12 @@ grep -q '^\[superlink\]' "$config.new" || printf '[superlink]\ndefault = "%s"\n\
 printf '[superlink.%s]\naddress = "%s"\n%s\n' "$name" "$1" "$line" >>"$config.new"
 mv "$config.new" "$config"
 echo "connection $name: $1 ($config)"
+if [[ $# -eq 3 ]]; then
+    host="${1%:*}"
+    host="${host#[}"
+    deadline=$((SECONDS + ${PRUNUS_WAIT_S:-60}))
+    until timeout 5 bash -c '>"/dev/tcp/$0/$1"' "${host%]}" "${1##*:}" 2>/dev/null; do
+        ((SECONDS < deadline)) || fail "nothing listens at $1"
+        sleep 0.2
+    done
+fi

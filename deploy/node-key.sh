@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: node-key.sh make FILE               on the device: FILE (private, stays here) and FILE.pub
+usage: node-key.sh make FILE               on the device: FILE (private, stays here) and FILE.pub, of the folder's owner
        node-key.sh register FILE.pub       on the operator's machine: admit this device; prints its node id
        node-key.sh list                    devices and whether they are online
        node-key.sh revoke NODE_ID          refuse this device from now on; its id never comes back
@@ -19,9 +19,15 @@ fail() {
     exit 2
 }
 
+# make_key FILE LIKE: a key that belongs to whom LIKE belongs to: root makes it, a service of its own user reads it.
 make_key() {
+    local owner
     [[ ! -e "$1" ]] || fail "$1 is there already; a key is never overwritten"
     (umask 077 && mkdir -p "$(dirname -- "$1")" && ssh-keygen -q -t ecdsa -b 384 -N "" -C "" -f "$1")
+    if [[ "$(id -u)" -eq 0 ]]; then
+        owner="$(stat -c %u -- "$2" 2>/dev/null || stat -f %u -- "$2")"
+        chown "$owner" "$1" "$1.pub"
+    fi
     echo "private key: $1 (never leaves this device)"
     echo "public key:  $1.pub (register it before the SuperNode starts)"
 }
@@ -32,13 +38,13 @@ case "$command" in
     help | -h | --help) usage ;;
     make)
         [[ $# -eq 2 ]] || { usage >&2; exit 2; }
-        make_key "$2"
+        make_key "$2" "$(dirname -- "$2")"
         ;;
     rotate)
         [[ $# -eq 2 ]] || { usage >&2; exit 2; }
         [[ -f "$2" ]] || fail "there is no key $2"
         new="$2.$(date -u +%Y%m%d-%H%M%S)"
-        make_key "$new"
+        make_key "$new" "$2"
         cat <<END
 next: 1. register $new.pub (operator)
       2. set PRUNUS_KEY=$new on this device and restart its SuperNode

@@ -26,15 +26,21 @@ esac
 host="${PRUNUS_HOST:-127.0.0.1}"
 port="${PRUNUS_PORT:-8000}"
 [[ -n "${PRUNUS_STATE:-}" ]] || fail "PRUNUS_STATE is not set: the folder that keeps the SuperLink's database"
+# the database holds every device's updates until they are merged: nobody else's business
+umask 077
 mkdir -p "$PRUNUS_STATE"
+for file in "$PRUNUS_STATE"/superlink.db*; do
+    if [[ -f "$file" ]]; then chmod 600 "$file"; fi
+done
 arguments=(--host "$host" --port "$port" --database "$PRUNUS_STATE/superlink.db" --disable-runtime-dependency-installation)
 if [[ $is_insecure == yes ]]; then
     is_loopback "$host" || fail "--insecure-loopback: $host is not this machine; use certificates.sh and leave the flag out"
     arguments+=(--insecure)
 else
-    certificates="$(realpath -- "${PRUNUS_CERTIFICATES:-/nonexistent}" 2>/dev/null || true)"
+    # as it is given where it cannot be looked at: the message is to name it
+    certificates="$(realpath -- "${PRUNUS_CERTIFICATES:-}" 2>/dev/null || printf '%s' "${PRUNUS_CERTIFICATES:-}")"
     for name in ca.crt server.pem server.key; do
-        need_file PRUNUS_CERTIFICATES "$certificates/$name" "the folder that certificates.sh makes"
+        need_file PRUNUS_CERTIFICATES "${certificates:+$certificates/$name}" "the folder that certificates.sh makes"
     done
     need_private "$certificates/server.key"
     arguments+=(--ssl-ca-certfile "$certificates/ca.crt" --ssl-certfile "$certificates/server.pem")

@@ -35,7 +35,8 @@ esac
 [[ -n "${PRUNUS_STATE:-}" ]] || fail "PRUNUS_STATE is not set: the folder where this node keeps what it remembers"
 [[ "${PRUNUS_MEMORY_BYTES:-0}" =~ ^[0-9]+$ ]] || fail "PRUNUS_MEMORY_BYTES: got '$PRUNUS_MEMORY_BYTES', expected bytes"
 [[ "${PRUNUS_PRELOAD:=yes}" == yes || "$PRUNUS_PRELOAD" == no ]] || fail "PRUNUS_PRELOAD: got '$PRUNUS_PRELOAD', expected yes or no"
-(umask 077 && mkdir -p "$PRUNUS_STATE/memory")
+umask 077  # messages and what is remembered of them are the owner's
+mkdir -p "$PRUNUS_STATE/memory"
 state="$(realpath -- "$PRUNUS_STATE")"
 [[ "$state$PWD${PRUNUS_DATA:-}" != *\"* ]] || fail "a path with a quotation mark cannot be handed to Flower"
 config="partition-id=$PRUNUS_PARTITION state-dir=\"$state/memory\""

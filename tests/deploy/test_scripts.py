@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,10 @@ def test_the_gate_is_a_configuration_that_nginx_accepts(certificates, tmp_path):
         "CERTIFICATES": certificates,
         "LISTEN": f"127.0.0.1:{free_port()}",
         "SUPERLINK": "127.0.0.1:1",
+        "NAME": "localhost",
+        "RATE": 256,
+        "BURST": 2560,
+        "CONNECTIONS": 256,
     }.items():
         text = text.replace(f"@{name}@", str(value))
     assert "@" not in text.partition("worker_processes")[2]
@@ -235,12 +241,97 @@ def test_a_supernode_may_try_for_longer_than_its_old_registration_counts():
 
 def test_the_compose_file_gives_devices_no_way_to_the_superlink_but_the_gate():
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    assert services["superlink"]["networks"] == ["inside"]
+    assert list(services["superlink"]["networks"]) == ["inside"]
     assert "ports" not in services["superlink"]
     for name in ("node0", "node1"):
         assert services[name]["networks"] == ["devices"]
         assert services[name]["environment"]["PRUNUS_SUPERLINK"] == "gate:9443"
     assert not any("insecure" in str(service) for service in services.values())
+
+
+def test_the_compose_file_hands_no_container_a_key_that_is_not_its_own():
+    """Files are mounted one by one: a folder would bring the authority's key, and the devices' private ones."""
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    mounted = {
+        name: {entry.split(":")[0].removeprefix("../") for entry in service["volumes"]} - set(compose["volumes"])
+        for name, service in compose["services"].items()
+    }
+    server = {f"certificates/{name}" for name in ("ca.crt", "server.pem", "server.key")}
+    assert mounted["superlink"] == server | {"keys/0.pub", "keys/1.pub"}
+    assert mounted["gate"] == server | {"./gate.sh", "./common.sh", "./nginx.conf"}
+    assert [mounted[f"node{i}"] for i in range(2)] == [{"certificates/ca.crt", f"keys/{i}"} for i in range(2)]
+    everything = [entry for service in compose["services"].values() for entry in service["volumes"]]
+    assert all(entry.endswith(":ro") for entry in everything if entry.startswith("."))
+
+
+def test_the_gate_of_the_compose_file_finds_the_superlink_wherever_it_was_started():
+    """nginx looks a name up once: a container that is made anew must have the address of the one before."""
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    address = compose["services"]["superlink"]["networks"]["inside"]["ipv4_address"]
+    assert compose["services"]["gate"]["environment"]["PRUNUS_HOST"] == address
+    (pool,) = compose["networks"]["inside"]["ipam"]["config"]
+    assert ip_address(address) in ip_network(pool["subnet"])
+    assert ip_address(address) not in ip_network(pool["ip_range"])
+    assert compose["services"]["gate"]["environment"]["PRUNUS_NAME"] == "superlink"  # of the certificate that is made
+
+
+def test_who_made_the_keys_is_who_the_containers_run_as():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert compose["services"]["superlink"]["build"]["args"] == {"PRUNUS_UID": compose["services"]["gate"]["user"]}
+    assert '--uid "$PRUNUS_UID"' in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_an_image_gets_what_is_named_and_no_key_certificate_environment_or_history():
+    """Everything is left out but folders and files that are the app; what is named must not hold what is private."""
+    lines = (DEPLOY.parent / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    named = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
+    assert all((DEPLOY.parent / name).exists() for name in named)
+    assert not named & {"certificates", "keys", "data", "results", "bench", "tests", ".git", ".venv", ".flwr", "."}
+    last = max(index for index, rule in enumerate(rules) if rule.startswith("!"))
+    assert {"**/*.key", "**/*.pem", "deploy/certificates", "deploy/keys"} <= set(rules[last + 1 :])
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_git_does_not_take_up_keys_that_lie_in_the_checkout():
+    places = ["certificates/ca.key", "certificates/server.key", "keys/0", "deploy/certificates/ca.key", "deploy/keys/0"]
+    done = subprocess.run(
+        ["git", "-c", f"core.excludesFile={os.devnull}", "check-ignore", "--no-index", *places],
+        cwd=DEPLOY.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 128:
+        pytest.skip("this is no git checkout")
+    assert done.stdout.split() == places
+
+
+def test_who_waits_for_a_superlink_goes_on_when_it_listens_and_gives_up_in_the_end(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        done = script("connect.sh", address, "--insecure-loopback", "--wait", FLWR_HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+    done = script("connect.sh", address, "--insecure-loopback", "--wait", FLWR_HOME=str(tmp_path), PRUNUS_WAIT_S="0")
+    assert done.returncode == 2
+    assert f"nothing listens at {address}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"PRUNUS_GATE_DEVICES": "0"}, "expected a number from 1"),
+        ({"PRUNUS_GATE": "0.0.0.0:9443;"}, "neither a name"),
+        ({"PRUNUS_HOST": "x|e"}, "neither a name"),
+    ],
+)
+@needs_openssl
+def test_a_gate_with_a_wrong_setting_says_which(settings, message, certificates, tmp_path):
+    own = {"PRUNUS_STATE": str(tmp_path), "PRUNUS_CERTIFICATES": str(certificates)}
+    done = script("gate.sh", **own, **settings)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
