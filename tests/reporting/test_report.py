@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +106,12 @@ def test_every_picture_has_a_title_for_screen_readers_and_follows_light_and_dark
     assert page.count('role="img" aria-labelledby=') == len(DRAWINGS)
     assert "prefers-color-scheme: dark" in page
     assert "#010203" not in page
+
+
+def test_paths_are_written_no_finer_than_a_screen_shows_them(page: str) -> None:
+    paths = re.findall(r' d="([^"]*)"', page)
+    assert paths
+    assert not any(re.search(r"\.\d{3}", path) for path in paths)
 
 
 def poison(value: Any) -> Any:
