@@ -21,7 +21,7 @@ from reporting.waiting import Closing, Wait
 
 MAX_TIPS = 600
 MAX_BINS = 1000  # of the whole run: about the pixels that it is wide
-MAX_BOXES = 12_000
+MAX_BOXES = 16_000
 PARTS = (("download_s", "download", SKY), ("compute_s", "compute", BLUE), ("upload_s", "upload", ORANGE))
 
 
@@ -46,7 +46,7 @@ def draw_timeline(view: View) -> Picture | None:
     figure, axes = make_figure(len(windows), 1, sum(heights) + 0.25, height_ratios=heights)
     for index, (ax, (left, right)) in enumerate(zip(axes, windows, strict=True)):
         if is_enlarged and index == 0:
-            draw_whole(ax, drawn, rows, total_s)
+            draw_whole(ax, drawn, rows, [c.merge.time_s for c in closings], total_s)
         else:
             _draw_bars(ax, [w for w in drawn if _end_s(w) > left and (w.arrival.start_s or 0.0) < right], rows)
         inside = [c for c in closings if left - 1e-9 <= c.merge.time_s <= right * (1 + 1e-9)]
@@ -95,9 +95,12 @@ def _end_s(wait: Wait) -> float:
     return (wait.arrival.finish_s or 0.0) + wait.wait_s
 
 
-def draw_whole(ax: Axes, waits: Sequence[Wait], rows: dict[int, int], total_s: float) -> None:
+def draw_whole(
+    ax: Axes, waits: Sequence[Wait], rows: dict[int, int], merge_times_s: Sequence[float], total_s: float
+) -> None:
     """Draw every client's whole time in bins, each with what took most of it: as many boxes for any length of run."""
-    edges = np.linspace(0.0, total_s, max(100, min(MAX_BINS, MAX_BOXES // len(rows))) + 1)
+    edges = _edges(merge_times_s, total_s, max(100, min(MAX_BINS, MAX_BOXES // len(rows))))
+    widths = np.diff(edges)
     boxes: dict[str, list[list[tuple[float, float]]]] = {colour: [] for colour in (SKY, BLUE, ORANGE, WAIT, RED)}
     spans: dict[int, dict[str, list[tuple[float, float]]]] = {key: {c: [] for c in boxes} for key in rows}
     for wait in waits:
@@ -109,7 +112,7 @@ def draw_whole(ax: Axes, waits: Sequence[Wait], rows: dict[int, int], total_s: f
         own[WAIT].append((wait.arrival.finish_s or left, _end_s(wait)))
     for key, own in spans.items():
         seconds = np.stack([_seconds_in(edges, own[colour]) for colour in boxes])
-        most = np.where(seconds.max(axis=0) > 0.02 * edges[1], seconds.argmax(axis=0), -1)
+        most = np.where(seconds.max(axis=0) > 0.02 * widths, seconds.argmax(axis=0), -1)
         changes = [0, *(np.flatnonzero(np.diff(most)) + 1).tolist(), len(most)]
         for first, end in pairwise(changes):
             if most[first] >= 0:
@@ -117,6 +120,17 @@ def draw_whole(ax: Axes, waits: Sequence[Wait], rows: dict[int, int], total_s: f
                 half = 0.2 if colour == WAIT else 0.36
                 boxes[colour].append(_box(float(edges[first]), float(edges[end]), rows[key], half))
     _add_boxes(ax, boxes)
+
+
+def _edges(merge_times_s: Sequence[float], total_s: float, num_bins: int) -> NDArray[np.float64]:
+    """Edges of about ``num_bins`` bins that begin anew at merges, so that rounds which are alike look alike."""
+    step_s, fixed = total_s / num_bins, [0.0]
+    for time_s in sorted(merge_times_s):
+        if fixed[-1] + step_s <= time_s <= total_s - step_s:
+            fixed.append(time_s)
+    fixed.append(total_s)
+    parts = [np.linspace(a, b, max(1, round((b - a) / step_s)), endpoint=False) for a, b in pairwise(fixed)]
+    return np.concatenate([*parts, [total_s]])
 
 
 def _seconds_in(edges: NDArray[np.float64], spans: Sequence[tuple[float, float]]) -> NDArray[np.float64]:

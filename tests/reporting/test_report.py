@@ -236,10 +236,11 @@ def test_the_timeline_of_a_longer_run_is_hardly_larger() -> None:
             for pid in (0, 1)
         ]
         waits = [Wait(row, 1.0 - row.partition_id, None) for row in arrivals]
-        draw_whole(axes[0], waits, {0: 0, 1: 1}, 2.0 * num_rounds)
+        draw_whole(axes[0], waits, {0: 0, 1: 1}, [2.0 * (n + 1) for n in range(num_rounds)], 2.0 * num_rounds)
         return sum(len(patch.get_path().vertices) for patch in axes[0].patches) // 5
 
     assert boxes(5) == 5 + 5 + 1  # training and waiting in turn, and the other client trains without a gap
+    assert boxes(450) == 450 + 450 + 1  # two or three bins a round, and every round looks the same
     assert boxes(5000) <= 2 * MAX_BINS
 
 
