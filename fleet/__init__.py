@@ -1,7 +1,7 @@
 """Who the clients are: devices, time, and data. Importing it loads neither torch nor a data set."""
 
 from fleet.clock import Duration, DurationModel, VirtualClock
-from fleet.data import DataError, ImageData, load_data, normalized
+from fleet.data import DataError, ImageData, load_data
 from fleet.devices import PROFILES, DeviceProfile
 from fleet.dynamics import Availability, Drift, Shift
 from fleet.fleet import Fleet, make_fleet
@@ -25,7 +25,6 @@ __all__ = [
     "label_counts",
     "load_data",
     "make_fleet",
-    "normalized",
     "partition_labels",
     "split_local",
 ]

@@ -14,7 +14,6 @@ order of events nor the number of processes changes it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import exp, isfinite
 
 from fleet.dynamics import STREAM_DROP_OUT, STREAM_NOISE, OnlineTimes, Slowdown, generator
@@ -84,7 +83,7 @@ class DurationModel:
         Parameters
         ----------
         partition_id : the client.
-        dispatch_index : number of updates this client was sent before, the key of the noise.
+        dispatch_index : number of this request in the whole run, the key of the noise.
         train_macs : multiply-accumulates of the whole update, forward and backward, all steps.
         download_bytes, upload_bytes : bytes on the wire each way.
         start_s : when it starts; matters under drift only (the speed at the start holds for the update).
@@ -145,13 +144,7 @@ class DurationModel:
     def _noise_factor(self, partition_id: int, dispatch_index: int) -> float:
         if self.noise == 0:
             return 1.0
-        return exp(self.noise * _standard_normal(self.seed, partition_id, dispatch_index))
-
-
-@lru_cache(maxsize=4096)
-def _standard_normal(seed: int, partition_id: int, dispatch_index: int) -> float:
-    # Cached because planning, sending and checking an update all ask for the same duration.
-    return float(generator(seed, STREAM_NOISE, partition_id, dispatch_index).standard_normal())
+        return exp(self.noise * generator(self.seed, STREAM_NOISE, partition_id, dispatch_index).standard_normal())
 
 
 def _check_time(time_s: float) -> None:

@@ -17,7 +17,7 @@ from fleet.data_sources import Arrays, DataError
 CHANNEL_COUNTS = (1, 3, 4)
 _CHUNK = 4096
 
-__all__ = ["DataError", "ImageData", "check_data", "load_data", "normalized"]
+__all__ = ["DataError", "ImageData", "check_data", "load_data", "train_labels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,32 +48,6 @@ class ImageData:
         """Channels of an image, C."""
         return self.x_train.shape[3] if self.x_train.ndim == 4 else 1
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of an image, (H, W)."""
-        return self.x_train.shape[1], self.x_train.shape[2]
-
-
-def normalized(data: ImageData, images: NDArray[Any]) -> NDArray[np.float32]:
-    """Turn raw images of ``data`` into what a network trains on.
-
-    Parameters
-    ----------
-    data : the data set the images are of (its mean and std are used).
-    images : [N, H, W] or [N, H, W, C], raw.
-
-    Returns
-    -------
-    ``(images / 255 - mean) / std``, without the division for float images; float32, contiguous, [N, C, H, W].
-    """
-    channels_last = images if images.ndim == 4 else images[..., None]
-    unit = 255.0 if images.dtype == np.uint8 else 1.0
-    # One multiplication and one addition per entry: the division by 255 and by std fold into one factor.
-    factor = (1 / (unit * np.asarray(data.std))).astype(np.float32)
-    shift = (-np.asarray(data.mean) / np.asarray(data.std)).astype(np.float32)
-    x_NHWC = channels_last * factor + shift
-    return np.ascontiguousarray(x_NHWC.transpose(0, 3, 1, 2), dtype=np.float32)
-
 
 def load_data(name: str, data_dir: str | Path | None = None, download: bool = False) -> ImageData:
     """Load a data set by name; a second call with the same arguments in the same process returns the same object.
@@ -86,18 +60,20 @@ def load_data(name: str, data_dir: str | Path | None = None, download: bool = Fa
     ``npz:PATH``                                        x_train, y_train, x_test, y_test; relative paths: to DATA_DIR
     ``folder:PATH``                                     PATH/train/CLASS/*.png and PATH/test/CLASS/*.png, or
                                                         PATH/CLASS/*.png (every class split 80 / 20)
-    ``hub:NAME``                                        a data set of the Hugging Face hub through flwr-datasets
+    ``hub:NAME``                                        a data set of the Hugging Face hub through flwr-datasets, which
+                                                        keeps what it fetched
     ``package.module:function``                         ``function()`` returns an ImageData or the four arrays
     ==================================================  =============================================================
 
     ``@SIZE`` after any of them makes the images SIZE pixels high and wide: ``cifar10@16`` has a quarter of the pixels.
+    Those of ``folder:`` and ``hub:`` may differ in size before.
 
     Parameters
     ----------
     name : one of the above.
     data_dir : folder with the data sets that are files. Give an absolute path where processes start in other folders.
-    download : let torchvision fetch what is missing into ``data_dir``; nothing is ever fetched without it, except by
-        ``hub:``, which always does.
+    download : let torchvision fetch what is missing into ``data_dir``, and flwr-datasets what is missing in its cache.
+        Nothing is ever fetched without it, and ``hub:`` is refused: what its cache has shows only by asking the hub.
 
     Raises
     ------
@@ -111,16 +87,33 @@ def check_data(name: str, data_dir: str | Path | None = None, download: bool = F
 
     Raises
     ------
-    DataError : unknown name, or files that are not there.
+    DataError : unknown name, files that are not there, or a hub that may not be asked or cannot.
     """
     folder = None if data_dir in (None, "") else Path(str(data_dir)).expanduser()
     kind, rest, _ = _read_name(name)
-    if kind == "npz":
+    if kind == "hub":
+        data_sources.check_hub(rest, download)
+    elif kind == "npz":
         data_sources.check_file(_inside(folder, rest))
     elif kind == "folder":
         data_sources.check_folder(_inside(folder, rest))
     elif not kind:
         data_sources.check_files(rest, folder, download)
+
+
+def train_labels(name: str, data_dir: str | Path | None = None) -> NDArray[np.int64] | None:
+    """Class of each training image, int64 [N], where it is known without reading images: of digits and ``.npz`` files.
+
+    Raises
+    ------
+    DataError : a file that cannot be read, or labels of another kind.
+    """
+    folder = None if data_dir in (None, "") else Path(str(data_dir)).expanduser()
+    kind, rest, _ = _read_name(name)
+    if (kind, rest) == ("", "digits"):
+        return load_data("digits").y_train
+    file = _inside(folder, rest) if kind == "npz" else data_sources.own_file(rest, folder) if not kind else None
+    return None if file is None else _labels(name, "y_train", data_sources.npz_labels(file))
 
 
 def _read_name(name: str) -> tuple[str, str, int | None]:
@@ -142,12 +135,12 @@ def _load(name: str, data_dir: str | None, download: bool) -> ImageData:
     kind, rest, size = _read_name(name)
     if kind == "folder":  # its images may differ in size until they are resized
         return _image_data(name, data_sources.image_folder(_inside(folder, rest), size))
+    if kind == "hub":
+        return _image_data(name, data_sources.hub(rest, size, download))
     if not kind:
         data = _image_data(name, data_sources.named(rest, folder, download))
     elif kind == "npz":
         data = _image_data(name, data_sources.npz(_inside(folder, rest)))
-    elif kind == "hub":
-        data = _image_data(name, data_sources.hub(rest))
     else:
         data = _from_function(name, kind, rest)
     return data if size is None else _resized(data, size)

@@ -54,7 +54,7 @@ def check_named(name: str, data_dir: Path | None) -> None:
 def check_files(name: str, data_dir: Path | None, download: bool) -> None:
     """Refuse what ``check_named`` refuses, and a name whose files are nowhere and are not to be fetched."""
     check_named(name, data_dir)
-    if name == "digits" or data_dir is None or download or _own_file(name, data_dir) is not None:
+    if name == "digits" or data_dir is None or download or own_file(name, data_dir) is not None:
         return
     files = TORCHVISION_CLASSES[name][1]
     if not (data_dir / files).is_dir():
@@ -66,12 +66,14 @@ def named(name: str, data_dir: Path | None, download: bool) -> Arrays:
     check_named(name, data_dir)
     if name == "digits" or data_dir is None:
         return _digits()
-    own = _own_file(name, data_dir)
+    own = own_file(name, data_dir)
     return _torchvision(name, data_dir, download) if own is None else npz(own)
 
 
-def _own_file(name: str, data_dir: Path) -> Path | None:
+def own_file(name: str, data_dir: Path | None) -> Path | None:
     """The ``.npz`` file in ``data_dir`` that holds the data set."""
+    if data_dir is None:
+        return None
     files = (data_dir / f"{stem}.npz" for stem in (name, name.replace("-", "_")))
     return next((file for file in files if file.is_file()), None)
 
@@ -128,6 +130,16 @@ def npz(path: Path) -> Arrays:
     ------
     DataError : no such file, another format, or an array is missing.
     """
+    arrays = _read_npz(path, NPZ_KEYS)
+    return arrays[0], arrays[1], arrays[2], arrays[3]
+
+
+def npz_labels(path: Path) -> NDArray[Any]:
+    """Read y_train alone; errors are those of ``npz``."""
+    return _read_npz(path, ("y_train",))[0]
+
+
+def _read_npz(path: Path, keys: tuple[str, ...]) -> list[NDArray[Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
@@ -137,14 +149,13 @@ def npz(path: Path) -> Arrays:
                     f"data file {path}: lacks {', '.join(missing)}; expected {', '.join(NPZ_KEYS)}, "
                     f"got {', '.join(members)}"
                 )
-            arrays = [_member(path, archive, members[key]) for key in NPZ_KEYS]
+            return [_member(path, archive, members[key]) for key in keys]
     except FileNotFoundError as error:
         raise _not_there("file", path) from error
     except DataError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"data file {path}: cannot be read as .npz: {error}") from error
-    return arrays[0], arrays[1], arrays[2], arrays[3]
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
@@ -243,12 +254,7 @@ def _decode(files: list[Path], size: int | None) -> NDArray[np.uint8]:
     for file in files:
         try:
             with Image.open(file) as image:
-                if image.mode[0] in "IF":  # Pillow would clip them to 8 bits without a word
-                    raise DataError(f"data file {file}: has more than 8 bits a channel (mode {image.mode}); convert it")
-                picture = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-                if size is not None:
-                    picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-                decoded.append(np.asarray(picture))
+                decoded.append(_pixels(image, size, f"data file {file}"))
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(f"data file {file}: is no image that can be read: {error}") from error
         if decoded[-1].shape[:2] != decoded[0].shape[:2]:
@@ -256,27 +262,64 @@ def _decode(files: list[Path], size: int | None) -> NDArray[np.uint8]:
                 f"data file {file}: is {_extent(decoded[-1])}, but {files[0]} is {_extent(decoded[0])}; images must "
                 "have one size: add @SIZE to the name, as in 'folder:faces@32', to resize them"
             )
-    if all(image.ndim == 2 for image in decoded):
-        return np.stack(decoded)
-    return np.stack([image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in decoded])
+    return _stack(decoded)
+
+
+def _pixels(image: Any, size: int | None, where: str) -> NDArray[np.uint8]:
+    """A picture of Pillow's as [H, W] if it is grey, else [H, W, 3]; ``size`` x ``size`` unless that is None."""
+    from PIL import Image
+
+    if image.mode[0] in "IF":  # Pillow would clip them to 8 bits without a word
+        raise DataError(f"{where}: has more than 8 bits a channel (mode {image.mode}); convert it")
+    picture = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    if size is not None:
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
+
+
+def _stack(images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    if all(image.ndim == 2 for image in images):
+        return np.stack(images)
+    return np.stack([image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images])
 
 
 def _extent(image: NDArray[np.uint8]) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def hub(name: str) -> Arrays:
+def check_hub(name: str, download: bool) -> None:
+    """Refuse a data set of the hub without leave to fetch it, or without what fetches it."""
+    if not download:
+        raise DataError(
+            f"data 'hub:{name}': is fetched from the Hugging Face hub, or from what it fetched before; allow that with "
+            "data.download=true"
+        )
+    if importlib.util.find_spec("flwr_datasets") is None:
+        raise _no_hub(name)
+
+
+def _no_hub(name: str) -> DataError:
+    return DataError(f"data 'hub:{name}': needs flwr-datasets; pip install 'flwr-datasets[vision]'")
+
+
+def hub(name: str, size: int | None, download: bool) -> Arrays:
     """Read the data set ``name`` of the Hugging Face hub through flwr-datasets (an optional dependency).
+
+    Parameters
+    ----------
+    size : side length in pixels to resize every image to; None takes them as they are.
+    download : leave to ask the hub.
 
     Raises
     ------
-    DataError : flwr-datasets is missing, the data set cannot be fetched, or it is not one of labelled images.
+    DataError : no leave, flwr-datasets is missing, the data set cannot be fetched, or it is not one of labelled images.
     """
+    check_hub(name, download)
     try:
         from datasets import ClassLabel, Image
         from flwr_datasets import FederatedDataset
     except ImportError as error:
-        raise DataError(f"data 'hub:{name}': needs flwr-datasets; pip install 'flwr-datasets[vision]'") from error
+        raise _no_hub(name) from error
     try:
         federated = FederatedDataset(dataset=name, partitioners={"train": 1})
         train = federated.load_split("train")
@@ -286,18 +329,22 @@ def hub(name: str) -> Arrays:
     label_key = next((key for key, kind in train.features.items() if isinstance(kind, ClassLabel)), None)
     if image_key is None or label_key is None:
         raise DataError(f"data 'hub:{name}': needs an image and a class column, has {', '.join(train.features)}")
-    x, y = _columns(name, train, image_key, label_key)
+    x, y = _columns(name, train, image_key, label_key, size)
     try:
         test = federated.load_split("test")
     except (KeyError, ValueError):
         return _split(x, y)
-    return x, y, *_columns(name, test, image_key, label_key)
+    return x, y, *_columns(name, test, image_key, label_key, size)
 
 
-def _columns(name: str, rows: Any, image_key: str, label_key: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    images = [np.asarray(image) for image in rows[image_key]]
-    if len({image.shape for image in images}) != 1:
+def _columns(
+    name: str, rows: Any, image_key: str, label_key: str, size: int | None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    images = [_pixels(image, size, f"data 'hub:{name}': image {index}") for index, image in enumerate(rows[image_key])]
+    other = next((image for image in images if image.shape[:2] != images[0].shape[:2]), None)
+    if other is not None:
         raise DataError(
-            f"data 'hub:{name}': images have unequal sizes; prepare them with package.module:function instead"
+            f"data 'hub:{name}': has images of {_extent(images[0])} and of {_extent(other)}; images must have one "
+            f"size: add @SIZE to the name, as in 'hub:{name}@32', to resize them"
         )
-    return np.stack(images), np.asarray(rows[label_key], np.int64)
+    return _stack(images), np.asarray(rows[label_key], np.int64)

@@ -79,10 +79,10 @@ def inner_groups(layout: Layout, shapes: Mapping[str, Sequence[int]]) -> tuple[G
     ----------
     shapes : of the full state dict.
     """
-    return tuple(group for group in layout.prunable if not _is_stream(group, layout, shapes))
+    return tuple(group for group in layout.prunable if not _is_stream(group, shapes))
 
 
-def _is_stream(group: Group, layout: Layout, shapes: Mapping[str, Sequence[int]]) -> bool:
+def _is_stream(group: Group, shapes: Mapping[str, Sequence[int]]) -> bool:
     writers = {axis.key for axis in group.axes if axis.dim == 0 and len(shapes[axis.key]) > 1}
     places = {tuple(axis.key.split(".")[:2]) for axis in group.axes}
     return len(writers) > 1 and len(places) > 1

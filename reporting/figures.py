@@ -5,7 +5,7 @@ Clients appear in one order everywhere: fastest device first, by the update time
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from statistics import median
 
 from matplotlib.axes import Axes
@@ -180,6 +180,10 @@ def draw_adaptation(view: View) -> Picture | None:
     if axes[1].get_legend_handles_labels()[0]:
         axes[1].legend(loc="upper right")
     note = "Dotted vertical lines are decisions." if view.log.decisions else ""
+    floors = view.log.decisions[-1].floors if view.log.decisions else ()
+    if floors:
+        named = f"{len(floors)} clients" if len(floors) > 8 else _name_clients(floors)
+        note += f" Since the last one {named} may get no smaller sub-model."
     if len(view.order) > MAX_CLIENTS:
         note += " Bands over all clients: everything, the 10th to 90th percentile, and the median."
     else:
@@ -194,6 +198,11 @@ def draw_adaptation(view: View) -> Picture | None:
         ),
         note.strip(),
     )
+
+
+def _name_clients(partition_ids: Sequence[int]) -> str:
+    *others, last = map(str, partition_ids)
+    return f"clients {', '.join(others)} and {last}" if others else f"client {last}"
 
 
 def _draw_lines(ax: Axes, series: dict[int, list[tuple[int, float]]], view: View) -> None:

@@ -1,4 +1,4 @@
-"""The terminal while a run goes on: one line per evaluated round.
+"""The terminal while a run goes on: one line per round, with a dash for accuracy where it was not evaluated.
 
 ::
 
@@ -29,6 +29,8 @@ class Progress:
         self._num_merged = self._num_lost = self._num_running = 0
         self._round = 0
         self._printed: tuple[int, str] | None = None
+        # the last merge, until its evaluation is here or the next round shows that there is none
+        self._merge: Mapping[str, Any] | None = None
         self._line_length = 0
         # (round, wall seconds) at the start, and when the first round was done: the first pays for starting up
         self._anchors: list[tuple[int, float]] = []
@@ -60,6 +62,7 @@ class Progress:
         )
 
     def _on_arrival(self, row: Mapping[str, Any]) -> None:
+        self._show_merge()
         self._note_round(row)
         if row.get("status") == "merged":
             self._num_merged += 1
@@ -70,14 +73,19 @@ class Progress:
             self._rewrite(f"round {self._counter(self._round)}   {self._num_running} replies")
 
     def _on_merge(self, row: Mapping[str, Any]) -> None:
+        self._show_merge()
         self._note_round(row)
         self._num_running = 0
         server_round, wall_s = int(row.get("server_round", 0)), _number(row.get("wall_s")) or 0.0
         if len(self._anchors) == 1:
             self._anchors.append((server_round, wall_s))
+        self._merge = row
 
     def _on_evaluation(self, row: Mapping[str, Any]) -> None:
         server_round, where = int(row.get("server_round", 0)), str(row.get("where", "central"))
+        if self._merge is not None and int(self._merge.get("server_round", 0)) == server_round:
+            self._merge = None
+        self._show_merge()
         accuracy, wall_s = format_percent(_number(row.get("accuracy"))), _number(row.get("wall_s")) or 0.0
         if not self._anchors:
             self._anchors.append((server_round, wall_s))
@@ -87,6 +95,28 @@ class Progress:
             indent = " " * (6 + len(self._counter(server_round)))
             self._write_line(f"{indent}   {'clients' if where == 'federated' else where} {accuracy}{spread}")
             return
+        self._write_round(row, accuracy, where)
+
+    def _on_warning(self, row: Mapping[str, Any]) -> None:
+        self._write_line(f"warning: {row.get('message', '')}")
+
+    def _on_end(self, row: Mapping[str, Any]) -> None:
+        self._show_merge()
+        reason = f": {row['reason']}" if row.get("reason") else ""
+        self._write_line(
+            f"{row.get('status', '?')}{reason} after {row.get('num_rounds', MISSING)} rounds, "
+            f"{format_seconds(_number(row.get('time_s')))} on the run's clock, "
+            f"{format_seconds(_number(row.get('wall_s')))} of real time"
+        )
+
+    def _show_merge(self) -> None:
+        """Write the line of a round that was not evaluated."""
+        if self._merge is not None:
+            row, self._merge = self._merge, None
+            self._write_round(row, MISSING, "")
+
+    def _write_round(self, row: Mapping[str, Any], accuracy: str, where: str) -> None:
+        server_round, wall_s = int(row.get("server_round", 0)), _number(row.get("wall_s")) or 0.0
         left_s = self.remaining_s(server_round, wall_s)
         left = f", about {format_seconds(left_s)} left" if left_s else ""
         lost = f", lost {self._num_lost}" if self._num_lost else ""
@@ -97,17 +127,6 @@ class Progress:
         )
         self._printed = (server_round, where)
         self._num_merged = self._num_lost = 0
-
-    def _on_warning(self, row: Mapping[str, Any]) -> None:
-        self._write_line(f"warning: {row.get('message', '')}")
-
-    def _on_end(self, row: Mapping[str, Any]) -> None:
-        reason = f": {row['reason']}" if row.get("reason") else ""
-        self._write_line(
-            f"{row.get('status', '?')}{reason} after {row.get('num_rounds', MISSING)} rounds, "
-            f"{format_seconds(_number(row.get('time_s')))} on the run's clock, "
-            f"{format_seconds(_number(row.get('wall_s')))} of real time"
-        )
 
     def _note_round(self, row: Mapping[str, Any]) -> None:
         server_round = int(row.get("server_round", 0))

@@ -96,18 +96,27 @@ def make_page(log: RunLog, summary: dict[str, Any]) -> str:
     )
 
 
-def _headlines(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+Card = tuple[str, str, str]
+
+
+def _headlines(summary: dict[str, Any]) -> list[Card]:
     """Return (name, value, small print) of the cards on top."""
-    counts = summary["num_arrivals"]
-    lost = sum(counts[status] for status in STATUSES) - counts["merged"]
+    return [*_accuracy_cards(summary), *_time_cards(summary), *_cost_cards(summary)]
+
+
+def _accuracy_cards(summary: dict[str, Any]) -> list[Card]:
+    best, spread = format_percent(summary["best_accuracy"], 2), summary["federated"]
+    cards = [("final accuracy", format_percent(summary["final_accuracy"], 2), f"best {best}, {summary['evaluation']}")]
+    if spread and spread["num_clients"]:
+        ends = f"clients from {format_percent(spread['min'], 0)} to {format_percent(spread['max'], 0)}"
+        return [*cards, ("on the clients' own data", format_percent(spread["accuracy"], 2), ends)]
+    when = "" if summary["best_accuracy_round"] is None else f"in round {summary['best_accuracy_round']}"
+    return [*cards, ("best accuracy", best, when)]
+
+
+def _time_cards(summary: dict[str, Any]) -> list[Card]:
     reached = next((row for row in summary["time_to_accuracy"] if row["target"] == "95 % of best"), None)
-    spread = summary["federated"]
-    cards = [
-        (
-            "final accuracy",
-            format_percent(summary["final_accuracy"], 2),
-            f"best {format_percent(summary['best_accuracy'], 2)}, {summary['evaluation']}",
-        ),
+    return [
         ("total time", format_seconds(summary["total_time_s"]), f"{summary['num_merges']} merges"),
         (
             "straggler wait",
@@ -115,11 +124,6 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"first {format_percent(summary['straggler_wait_ratio_first'], 0)}, "
             f"last {format_percent(summary['straggler_wait_ratio_last'], 0)} · "
             f"utilisation {format_percent(summary['utilisation_ratio'], 0)}",
-        ),
-        (
-            "bytes sent",
-            format_bytes(summary["download_bytes"] + summary["upload_bytes"]),
-            f"{format_bytes(summary['download_bytes'])} down, {format_bytes(summary['upload_bytes'])} up",
         ),
         (
             "time to 95 % of best",
@@ -131,32 +135,24 @@ def _headlines(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
             format_seconds(summary["round_time_s_last"]),
             f"first five: {format_seconds(summary['round_time_s_first'])}",
         ),
+    ]
+
+
+def _cost_cards(summary: dict[str, Any]) -> list[Card]:
+    down, up = summary["download_bytes"], summary["upload_bytes"]
+    counts, n_star = summary["num_arrivals"], summary["n_star_final"]
+    lost = sum(counts[status] for status in STATUSES) - counts["merged"]
+    causes = ", ".join(f"{counts[status]} {status}" for status in STATUSES[1:] if counts[status])
+    return [
+        ("bytes sent", format_bytes(down + up), f"{format_bytes(down)} down, {format_bytes(up)} up"),
         ("training MACs", format_count(summary["train_macs"]), "all clients, forward and backward"),
         (
             "least-trained entry (N*)",
-            MISSING
-            if summary["n_star_min"] is None
-            else f"{summary['n_star_final']:g} {'client' if summary['n_star_final'] == 1 else 'clients'}",
-            "" if summary["n_star_min"] is None else f"at the last merge; lowest {summary['n_star_min']:g}",
+            MISSING if n_star is None else f"{n_star:g} {'client' if n_star == 1 else 'clients'}",
+            "" if n_star is None else f"at the last merge; lowest {summary['n_star_min']:g}",
         ),
-        (
-            "replies merged",
-            f"{counts['merged']:,}",
-            f"{lost} lost: " + ", ".join(f"{counts[s]} {s}" for s in STATUSES[1:] if counts[s])
-            if lost
-            else "none lost",
-        ),
+        ("replies merged", f"{counts['merged']:,}", f"{lost} lost: {causes}" if lost else "none lost"),
     ]
-    if spread and spread["num_clients"]:
-        second = (
-            "on the clients' own data",
-            spread["accuracy"],
-            f"clients from {format_percent(spread['min'], 0)} to {format_percent(spread['max'], 0)}",
-        )
-    else:
-        when = "" if summary["best_accuracy_round"] is None else f"in round {summary['best_accuracy_round']}"
-        second = ("best accuracy", summary["best_accuracy"], when)
-    return [cards[0], (second[0], format_percent(second[1], 2), second[2]), *cards[1:]]
 
 
 def _warnings(log: RunLog) -> list[str]:

@@ -55,7 +55,6 @@ class Arrival:
     partition_id: int
     status: str
     reason: str = ""
-    global_version_sent: int | None = None
     staleness: int | None = None
     start_s: float | None = None
     finish_s: float | None = None
@@ -74,7 +73,6 @@ class Arrival:
     retention_ratio: float | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
     depth: int | None = None
-    measured_compute_s: float | None = None
     counted_bytes: float | None = None
     wall_s: float = 0.0
     line: int = 0
@@ -104,7 +102,11 @@ class Merge:
 
 @dataclass(frozen=True)
 class Decision:
-    """New retention ratios. ``reference``: partition whose update time (``reference_s``) the others are brought to."""
+    """New retention ratios.
+
+    ``reference``: partition whose update time (``reference_s``) the others are brought to. ``floors``: partitions that
+    may get no smaller sub-model.
+    """
 
     server_round: int
     reference: int | None = None
@@ -112,7 +114,6 @@ class Decision:
     rates: Mapping[str, float] = field(default_factory=dict)
     update_times_s: Mapping[str, float] = field(default_factory=dict)
     floors: tuple[int, ...] = ()
-    order_hash: str = ""
     wall_s: float = 0.0
     line: int = 0
 

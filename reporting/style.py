@@ -116,6 +116,8 @@ def render(figure: Figure, slug: str, title: str, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    # a hundredth of a point is finer than any screen; matplotlib writes a millionth, a third of the page
+    svg = re.sub(r' d="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
     # tips first, while their text is still what matplotlib escaped
     svg = re.sub(r'<g id="tip:([^"]*)">', r'<g class="tip"><title>\1</title>', svg)
     # ids repeat from figure to figure; only the referenced ones are of use

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any
 
@@ -13,7 +12,6 @@ from reporting.curve import Point, accuracy_curve, first_reaching, primary_where
 from reporting.log import RunLog
 from reporting.rows import Arrival, ClientInfo, Evaluation, Merge
 from reporting.waiting import Closing, Wait, find_waits
-from reporting.write import write_json
 
 SUMMARY_FILE = "summary.json"
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -158,11 +156,6 @@ def coverage_gaps(row: Merge) -> list[tuple[str, float, float]]:
         if key in row.coverage_most
     ]
     return sorted(found, key=lambda item: (-item[2], item[0]))
-
-
-def write_summary(log: RunLog, folder: str | Path, targets: Sequence[float] = TARGETS) -> Path:
-    """Write ``summarise(log)`` as ``summary.json`` into ``folder``, atomically; return its path."""
-    return write_json(Path(folder) / SUMMARY_FILE, summarise(log, targets))
 
 
 def time_to_accuracy(curve: Sequence[Point], targets: Sequence[float]) -> list[dict[str, Any]]:

@@ -85,11 +85,18 @@ class View:
 
 
 def make_figure(
-    num_rows: int, num_columns: int, height: float, sharey: bool = False, width_ratios: Sequence[float] | None = None
+    num_rows: int,
+    num_columns: int,
+    height: float,
+    sharey: bool = False,
+    width_ratios: Sequence[float] | None = None,
+    height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.05)  # type: ignore[union-attr,call-arg]
-    axes = figure.subplots(num_rows, num_columns, sharey=sharey, squeeze=False, width_ratios=width_ratios)
+    axes = figure.subplots(
+        num_rows, num_columns, sharey=sharey, squeeze=False, width_ratios=width_ratios, height_ratios=height_ratios
+    )
     return figure, list(axes.flat)
 
 

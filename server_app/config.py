@@ -173,9 +173,11 @@ def parse(flat: Mapping[str, Any]) -> Config:
         Settings of other strategies are checked as well.
     """
     every = _all_keys()
-    for key in flat:
+    for key, value in flat.items():
         if key not in every:
             raise ConfigError(f"config: unknown key {key!r}{nearest(key, every)}")
+        if every[key] is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"config: {key}: got {value!r}, expected a whole number of at most 64 bits")
     general = {key: value for key, value in flat.items() if key in known_keys(RunConfig)}
     run = from_flat(RunConfig, general)
     methods: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """FedNova (Wang et al. 2020, arXiv 2007.07481): updates are normalised by the local steps behind them.
 
 ``x+ = x + tau_eff sum_i p_i d_i / a_i`` (equation 8, ``strategies.normalise``) with a_i for SGD, momentum and a
-proximal term (``wire.training.step_sum``); FedAvg weighs a client by its examples and, in effect, by its steps too.
-With equal steps it is FedAvg, or FedProx with a ``mu``. Buffers are averaged as they are.
+proximal term (``wire.training.local_distance``); FedAvg weighs a client by its examples and, in effect, by its steps
+too. With equal steps it is FedAvg, or FedProx with a ``mu``. Buffers are averaged as they are.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Normalised averaging (FedNova: Wang et al. 2020, arXiv 2007.07481): clients that step more do not count for more.
 
 ``x+ = x + tau_eff sum_i p_i d_i / a_i`` with ``d_i = y_i - x``, ``a_i`` how far client i's steps go along a constant
-gradient (``wire.training.step_sum``), ``p_i`` its weight, ``tau_eff = sum_i p_i a_i`` (equation 8). Streaming: every
-update is scaled by ``a_ref / a_i`` when it comes, a_ref being the round's first, and the mean by ``tau_eff / a_ref`` at
-the end. Equal steps thus change nothing, to the bit. Buffers are averaged as they are.
+gradient (``wire.training.local_distance``), ``p_i`` its weight, ``tau_eff = sum_i p_i a_i`` (equation 8). Streaming:
+every update is scaled by ``a_ref / a_i`` when it comes, a_ref being the round's first, and the mean by ``tau_eff /
+a_ref`` at the end. Equal steps thus change nothing, to the bit. Buffers are averaged as they are.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class DataConfig:
     name : ``digits``, ``cifar10``, ``cifar100``, ``mnist``, ``fashion-mnist``, ``npz:PATH``, ``folder:PATH``,
         ``hub:NAME`` or ``package.module:function``.
     dir : directory of the torchvision data sets.
-    download : let torchvision or the hub download them.
+    download : let torchvision or the hub download them; ``hub:`` needs it.
     partition : ``iid``, ``dirichlet:ALPHA`` (labels and sizes differ), ``balanced-dirichlet:ALPHA`` (labels differ,
         sizes do not: update times then tell devices apart, not data), ``merged-dirichlet:ALPHA``,
         ``pathological:CLASSES``, ``label-blocks:CLASSES``, ``quantity:SIGMA``, or in deployment ``own``: each device
@@ -72,6 +72,7 @@ class DataConfig:
         require(0 < self.test_ratio < 1, "test-ratio", self.test_ratio, "a number in (0, 1)")
         require(self.max_train >= 0, "max-train", self.max_train, ">= 0")
         require(self.max_test >= 0, "max-test", self.max_test, ">= 0")
+        require(self.seed >= 0, "seed", self.seed, ">= 0")
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,6 @@ def step_sums(num_steps: int, momentum: float = 0.0, nesterov: bool = False, pul
     return distances
 
 
-def step_sum(num_steps: int, momentum: float = 0.0, nesterov: bool = False, pull: float = 0.0) -> float:
-    """The last of ``step_sums``."""
-    return step_sums(num_steps, momentum, nesterov, pull)[-1]
-
-
 def local_distances(config: TrainConfig, num_steps: int, rate: float, mu: float = 0.0) -> list[float]:
     """``step_sums`` of a client's round: under its optimiser, at learning rate ``rate``, with a proximal ``mu``."""
     return step_sums(num_steps, config.momentum, config.nesterov and config.momentum > 0, rate * mu)

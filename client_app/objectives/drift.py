@@ -42,11 +42,11 @@ def variates(task: Task, inner: Objective) -> Objective:
     """SCAFFOLD's local half (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II).
 
     Every gradient becomes ``g - c_i + c``; afterwards ``c_i+ = c_i - c + (x - y_i) / (A eta)``, where A, the number of
-    steps in the paper, is what the optimiser makes of them (``wire.training.step_sum``); of those that moved the entry,
-    where a base keeps parts of the model still (``Objective.steps_of``), so that one that never moved keeps its c_i. c
-    comes with the request (missing entries are zero), ``c_i+ - c_i`` goes back beside the weights. c_i is remembered
-    for every entry that this client ever trained, in the full model's coordinates: it follows the sub-model wherever
-    that goes. Buffers have no variates.
+    steps in the paper, is what the optimiser makes of them (``wire.training.local_distances``); of those that moved the
+    entry, where a base keeps parts of the model still (``Objective.steps_of``), so that one that never moved keeps its
+    c_i. c comes with the request (missing entries are zero), ``c_i+ - c_i`` goes back beside the weights. c_i is
+    remembered for every entry that this client ever trained, in the full model's coordinates: it follows the sub-model
+    wherever that goes. Buffers have no variates.
     """
     _check_reachable("variates", inner)
     shapes = shapes_of(task.full.state_dict())

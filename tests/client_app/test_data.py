@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
+import pytest
 import torch
 
 from client_app.batches import flip_shift
 from client_app.data import examples_of
-from fleet.data import ImageData
+from fleet.data import ImageData, load_data
 
 
 def test_colour_images_and_their_batches_lie_channels_last():
@@ -19,3 +23,18 @@ def test_colour_images_and_their_batches_lie_channels_last():
     torch.testing.assert_close(batch[0, 2], (torch.from_numpy(x[7, :, :, 2]) / 255 - 0.5) / 0.25)
     for images in (examples.x, batch, flip_shift(batch, torch.Generator())):
         assert images.stride(1) == 1
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 1), (6, 5, 3)])
+def test_batches_of_all_examples_have_mean_0_and_std_1_in_every_channel(shape, kind, monkeypatch):
+    rng = np.random.default_rng(1)
+    x, y = (rng.random((50, *shape)) * 200).astype(kind), np.arange(50) % 10
+    module = types.ModuleType(f"own_{kind.__name__}_{'_'.join(map(str, shape))}")
+    module.load = lambda: (x, y, x, y)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    data = load_data(f"{module.__name__}:load")
+    batch, _ = examples_of(data, data.x_train, data.y_train).batch(slice(None))
+    assert (batch.shape, batch.dtype) == ((50, shape[2] if len(shape) == 3 else 1, 6, 5), torch.float32)
+    torch.testing.assert_close(batch.mean((0, 2, 3)), torch.zeros(batch.shape[1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch.std((0, 2, 3), correction=0), torch.ones(batch.shape[1]), atol=1e-5, rtol=0)

@@ -16,7 +16,7 @@ from client_app.store import ClientStore
 from pruning.extract import embed, extract, resize
 from pruning.spec import FULL, SubModelSpec
 from wire.message import DataConfig, TrainConfig
-from wire.training import VARIATE, step_sum
+from wire.training import VARIATE, step_sums
 from zoo import get_model
 
 BATCH = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 3, 4, 5])
@@ -131,7 +131,7 @@ def test_both_corrections_together_follow_their_common_recursion():
     y, findings, _ = train(
         replace(task, companions={VARIATE + k: t for k, t in c.items()}), "cross-entropy+proximal+variates", 3
     )
-    distance = step_sum(3, pull=0.5 * RATE)
+    distance = step_sums(3, pull=0.5 * RATE)[-1]
     for k in x:
         expected = (x[k] - y[k]) / (distance * RATE) - c[k]
         torch.testing.assert_close(findings.companions[VARIATE + k], expected, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ from client_app.objectives import make_objective
 from pruning.gates import gates_of
 from tests.client_app.test_gated import task_of
 from wire.message import TrainConfig
-from wire.training import VARIATE, make_optimizer, step_sum, step_sums
+from wire.training import VARIATE, make_optimizer, step_sums
 
 NUM_STEPS, RATE, C, OWN = 3, 0.05, 0.5, 0.125
 
@@ -112,4 +112,5 @@ def test_without_the_mask_or_without_losers_every_step_moves_everything(density)
 
 def test_the_distances_of_fewer_steps_are_those_of_shorter_rounds():
     for momentum, nesterov, pull in ((0.0, False, 0.0), (0.9, False, 0.0), (0.9, True, 0.1)):
-        assert step_sums(4, momentum, nesterov, pull) == [step_sum(n, momentum, nesterov, pull) for n in range(5)]
+        shorter = [step_sums(n, momentum, nesterov, pull)[-1] for n in range(5)]
+        assert step_sums(4, momentum, nesterov, pull) == shorter

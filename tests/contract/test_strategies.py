@@ -18,6 +18,7 @@ from strategies import LOOPS, STRATEGIES
 from tests import faulty
 from tests.marks import slow_but
 from tests.runs import OWN, TINY, equal_states, final_state, read_rows, select, tiny_run, without_timings
+from wire.flat import ConfigError
 from wire.local import LocalTransport
 from wire.message import Failure, Instruction, Report
 from zoo import get_model
@@ -57,6 +58,15 @@ NOBODY_WHOLE: dict[str, dict[str, Any]] = {
     "scalefl": {"scalefl.budgets": "0.5,0.25"},
 }
 """Settings under which some entries are held by nobody once the fastest client is gone; absent for methods without."""
+
+NO_COMPRESSION: dict[str, str] = {
+    "scaffold": "the corrections of one round cancel over its clients",
+    "fedasync": "its answers are steps",
+    "adasplit": "not with strategy 'adasplit'",
+    "sl-basic": "not with strategy 'sl-basic'",
+    "splitfed": "not with strategy 'splitfed'",
+}
+"""Methods whose uploads cannot be compressed, and words of the reason that they give."""
 
 SEMI_ASYNC: dict[str, Any] = {"num-clients": 6, "num-rounds": 6, "loop.quorum": 5, "loop.max-staleness": 5}
 
@@ -152,6 +162,32 @@ def test_worker_processes_do_not_change_the_event_log(name, mode, plain_runs, po
     pool.num_clients = 4 if mode == "sync" else 6
     rows = tiny_run(tmp_path / "run", transport=pool, strategy=name, **settings_of(name, mode))
     assert without_timings(rows) == without_timings(plain_runs[name, mode][1])
+
+
+@every_strategy
+def test_compressed_uploads_are_a_fraction_of_the_bytes_and_merged_or_refused_before_anything_is_sent(
+    name, plain_runs, tmp_path
+):
+    settings = {**settings_of(name, "sync"), "num-rounds": merges_of(name, 2)}
+    compressed = {**settings, "strategy": name, "compression.kind": "dgc", "compression.density": 0.02}
+    if name in NO_COMPRESSION:
+        with pytest.raises(ConfigError, match=NO_COMPRESSION[name]):
+            tiny_run(tmp_path / "run", **compressed)
+        assert not list(tmp_path.glob("run/checkpoints/*"))
+        return
+    rows = tiny_run(tmp_path / "run", **compressed)
+
+    def first_upload(log: list[dict[str, Any]]) -> int:
+        """Bytes of the clients' first answers, to the same requests with compression and without."""
+        first = {row["partition_id"]: row["upload_bytes"] for row in reversed(select(log, "arrival"))}
+        return sum(first.values())
+
+    assert {row["status"] for row in select(rows, "arrival")} == {"merged"}
+    assert first_upload(rows) < 0.15 * first_upload(plain_runs[name, "sync"][1])
+    before, after = (
+        load_checkpoint(path)[0].state for path in sorted((tmp_path / "run" / "checkpoints").glob("round-*.pt"))[-2:]
+    )
+    assert not equal_states(before, after), "the last merge changed nothing"
 
 
 @every_strategy

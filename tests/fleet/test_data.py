@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from fleet.data import DataError, ImageData, _image_data, check_data, load_data, normalized
+from fleet.data import DataError, ImageData, _image_data, check_data, load_data, train_labels
 from fleet.names import FleetError
 
 RNG = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def test_digits_are_1437_and_360_stratified_uint8_images_without_any_file():
     data = load_data("digits")
     assert data.x_train.shape == (1437, 8, 8)
     assert data.x_test.shape == (360, 8, 8)
-    assert (data.num_classes, data.in_channels, data.image_size) == (10, 1, (8, 8))
+    assert (data.num_classes, data.in_channels, data.x_train.shape[1:]) == (10, 1, (8, 8))
     assert data.x_train.dtype == np.uint8
     assert (data.x_train.min(), data.x_train.max()) == (0, 255)
     assert len(np.unique(data.x_train)) == 17
@@ -91,24 +91,9 @@ def test_mean_and_std_are_those_of_each_channel(seed, shape, kind):
     np.testing.assert_allclose(data.std, unit.std(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 1), (6, 5, 3)])
-def test_normalized_images_are_channels_first_with_mean_0_and_std_1(shape):
-    made = arrays(50, shape=shape)
-    data = _image_data("x", in_order(made))
-    x_NCHW = normalized(data, data.x_train)
-    assert x_NCHW.shape == (50, shape[2] if len(shape) == 3 else 1, 6, 5)
-    assert x_NCHW.dtype == np.float32
-    assert x_NCHW.flags.c_contiguous
-    assert x_NCHW.flags.writeable
-    np.testing.assert_allclose(x_NCHW.mean((0, 2, 3)), 0, atol=1e-5)
-    np.testing.assert_allclose(x_NCHW.std((0, 2, 3)), 1, atol=1e-5)
-
-
-def test_a_constant_channel_is_normalised_to_zero():
+def test_a_constant_channel_has_std_1():
     made = arrays() | {"x_train": np.full((12, 6, 5, 3), 7, np.uint8)}
-    data = _image_data("x", in_order(made))
-    assert data.std == (1.0, 1.0, 1.0)
-    np.testing.assert_allclose(normalized(data, data.x_train), 0, atol=1e-6)
+    assert _image_data("x", in_order(made)).std == (1.0, 1.0, 1.0)
 
 
 # --- npz
@@ -139,7 +124,7 @@ def test_a_named_set_is_read_from_an_npz_in_the_data_folder(tmp_path, stem):
 
 def test_a_slice_of_the_real_cifar_10_is_read_mapped_with_its_known_mean(cifar10_npz):
     data = load_data("cifar10", cifar10_npz.parent)
-    assert (data.num_classes, data.in_channels, data.image_size) == (10, 3, (32, 32))
+    assert (data.num_classes, data.in_channels, data.x_train.shape[1:3]) == (10, 3, (32, 32))
     assert is_mapped(data.x_train)
     np.testing.assert_allclose(data.mean, (0.4914, 0.4822, 0.4465), atol=0.01)
     np.testing.assert_allclose(data.std, (0.2470, 0.2435, 0.2616), atol=0.01)
@@ -292,7 +277,7 @@ def test_a_folder_with_train_and_test_is_read_as_it_is_with_classes_by_name(tmp_
     np.testing.assert_array_equal(data.x_train, pictures[[2, 0, 1]])
     np.testing.assert_array_equal(data.y_train, [0, 1, 1])
     np.testing.assert_array_equal(data.x_test, pictures[[4, 3]])
-    assert data.image_size == (4, 6)
+    assert data.x_train.shape[1:3] == (4, 6)
 
 
 def test_a_folder_of_classes_is_split_80_to_20_in_every_class(tmp_path):
@@ -400,6 +385,7 @@ def test_what_a_function_of_ones_own_raises_is_named_with_the_data_it_was_asked_
         ("cifar10", "there is no folder cifar-10-batches-py"),
         ("npz:", "nothing follows the colon"),
         (":npz", "nothing stands before the colon"),
+        ("hub:owner/set", r"hub:owner/set.*allow that with data\.download=true"),
     ],
 )
 def test_what_is_not_there_shows_before_anything_is_read(name, message, tmp_path):
@@ -407,7 +393,7 @@ def test_what_is_not_there_shows_before_anything_is_read(name, message, tmp_path
     with pytest.raises(DataError, match=message):
         check_data(name, tmp_path)
     (tmp_path / "cifar-10-batches-py").mkdir()
-    for good in ("digits", "digits@4", "cifar10", "hub:anything", "package.module:function"):
+    for good in ("digits", "digits@4", "cifar10", "package.module:function"):
         check_data(good, tmp_path)
     check_data("mnist", tmp_path, download=True)
 
@@ -449,7 +435,8 @@ def hub(monkeypatch):
                 raise ValueError(f"no split {split}")
             return splits[split]
 
-    monkeypatch.setitem(sys.modules, "flwr_datasets", types.SimpleNamespace(FederatedDataset=FederatedDataset))
+    package = types.SimpleNamespace(FederatedDataset=FederatedDataset, __spec__=object())
+    monkeypatch.setitem(sys.modules, "flwr_datasets", package)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(Image=ImageColumn, ClassLabel=ClassColumn))
     load_data.__globals__["_load"].cache_clear()
     return splits
@@ -464,7 +451,7 @@ def rows(images: np.ndarray, labels: np.ndarray) -> Rows:
 def test_a_hub_set_is_read_by_the_types_of_its_columns(hub):
     made = arrays()
     hub["train"], hub["test"] = rows(made["x_train"], made["y_train"]), rows(made["x_test"], made["y_test"])
-    data = load_data("hub:owner/set")
+    data = load_data("hub:owner/set", download=True)
     for key, array in made.items():
         np.testing.assert_array_equal(getattr(data, key), array)
 
@@ -472,23 +459,59 @@ def test_a_hub_set_is_read_by_the_types_of_its_columns(hub):
 def test_a_hub_set_without_a_test_part_is_split(hub):
     made = arrays(20)
     hub["train"] = rows(made["x_train"], made["y_train"])
-    data = load_data("hub:owner/set")
+    data = load_data("hub:owner/set", download=True)
     assert (len(data.x_train), len(data.x_test)) == (16, 4)
 
 
 def test_a_hub_set_that_cannot_be_used_is_an_error(hub):
     with pytest.raises(DataError, match="cannot be fetched"):
-        load_data("hub:owner/none")
+        load_data("hub:owner/none", download=True)
     hub["train"] = rows(arrays()["x_train"], arrays()["y_train"])
     hub["train"].features = {"text": object()}
     with pytest.raises(DataError, match="an image and a class column"):
+        load_data("hub:owner/set", download=True)
+
+
+def test_hub_images_of_unequal_sizes_are_an_error_whose_remedy_works(hub):
+    images = [np.full((4 + i % 2, 6), 10 * i, np.uint8) for i in range(8)]
+    hub["train"], hub["test"] = (
+        rows(images, np.arange(8)),
+        rows([images[0], np.full((9, 9, 3), 1, np.uint8)], np.arange(2)),
+    )
+    with pytest.raises(DataError, match=r"6x4 and of 6x5.*'hub:owner/set@32'"):
+        load_data("hub:owner/set", download=True)
+    hub["test"] = rows(images[:2], np.arange(2))
+    data = load_data("hub:owner/set@8", download=True)
+    assert (data.x_train.shape, data.x_test.shape) == ((8, 8, 8), (2, 8, 8))
+    assert data.x_train[:, 0, 0].tolist() == list(range(0, 80, 10))
+
+
+def test_nothing_is_fetched_from_the_hub_without_leave(hub):
+    hub["train"] = rows(arrays()["x_train"], arrays()["y_train"])
+    with pytest.raises(DataError, match=r"data\.download=true"):
         load_data("hub:owner/set")
 
 
-def test_the_hub_without_its_package_is_an_error_with_a_remedy(monkeypatch):
+@pytest.mark.parametrize("use", [load_data, check_data])
+def test_the_hub_without_its_package_is_an_error_with_a_remedy(use, monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr_datasets", None)
     with pytest.raises(DataError, match="pip install 'flwr-datasets"):
-        load_data("hub:owner/other")
+        use("hub:owner/other", download=True)
+
+
+# --- labels alone
+
+
+def test_labels_are_read_without_the_images_where_they_lie_apart(tmp_path, monkeypatch):
+    np.savez(tmp_path / "set.npz", **arrays())
+    np.savez(tmp_path / "cifar10.npz", **arrays())
+    whole = load_data("digits").y_train
+    monkeypatch.setattr("fleet.data._image_data", lambda *_: pytest.fail("images were read"))
+    for name in ("npz:set.npz", "npz:set.npz@8", "cifar10"):
+        np.testing.assert_array_equal(train_labels(name, tmp_path), arrays()["y_train"])
+    np.testing.assert_array_equal(train_labels("digits"), whole)
+    for name in ("mnist", "folder:x", "hub:owner/set", "package.module:function"):
+        assert train_labels(name, tmp_path) is None
 
 
 # --- one's own function, and names

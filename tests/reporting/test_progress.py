@@ -7,6 +7,7 @@ import io
 import pytest
 
 from reporting.progress import Progress
+from reporting.units import MISSING
 from tests.reporting.conftest import make_rows
 
 
@@ -29,6 +30,31 @@ def test_a_pipe_gets_one_plain_line_per_evaluated_round_beside_the_clients_sprea
     assert "\r" not in stream.getvalue()
     assert lines[-1].startswith("completed after 6 rounds")
     assert all(word in rounds[3] for word in ("accuracy", "time", "real", "left", "merged"))
+
+
+def test_rounds_that_are_not_evaluated_have_a_line_too_before_the_next_one_ends() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream=stream)
+    for row in make_rows(num_rounds=6, num_clients=4):
+        if row["event"] == "evaluation" and row["server_round"] % 3:
+            continue
+        progress.on_event(row)
+        if row["event"] == "arrival":  # of the next round: the one before has been told
+            last = [line for line in stream.getvalue().splitlines() if line.startswith("round")][-1]
+            assert last.startswith(f"round {row['server_round'] - 1}/6")
+    rounds = [line for line in stream.getvalue().splitlines() if line.startswith("round")]
+    assert [line.split()[1] for line in rounds] == [f"{number}/6" for number in range(7)]
+    assert [line.split()[3] == MISSING for line in rounds] == [number % 3 > 0 for number in range(7)]
+    assert all(" left   merged 4" in line or "lost" in line for line in rounds[1:-1])
+
+
+def test_an_evaluation_that_comes_after_the_rounds_line_is_told_below_it() -> None:
+    stream = io.StringIO()
+    progress = Progress(num_rounds=2, stream=stream)
+    progress.on_event({"event": "merge", "server_round": 1, "time_s": 1.0, "wall_s": 1.0})
+    progress.on_event({"event": "arrival", "server_round": 2, "status": "merged", "wall_s": 1.5})
+    progress.on_event({"event": "evaluation", "server_round": 1, "accuracy": 0.5, "where": "central", "wall_s": 1.6})
+    assert [line.split()[:2] for line in stream.getvalue().splitlines()] == [["round", "1/2"], ["central", "50.0"]]
 
 
 def test_a_terminal_sees_replies_as_they_arrive_and_keeps_the_same_lines() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from reporting.figures import DRAWINGS, draw_adaptation
 from reporting.log import read_events
 from reporting.maps import draw_labels, draw_widths
 from reporting.report import write_report
+from reporting.rows import Arrival
 from reporting.style import style
-from reporting.view import MAX_CLIENTS, View
+from reporting.timeline import MAX_BINS, draw_timeline, draw_whole
+from reporting.view import MAX_CLIENTS, View, make_figure
+from reporting.waiting import Wait
 from tests.reporting.conftest import make_rows, write_run
 
 MakeRun = Callable[..., Path]
@@ -102,6 +106,12 @@ def test_every_picture_has_a_title_for_screen_readers_and_follows_light_and_dark
     assert page.count('role="img" aria-labelledby=') == len(DRAWINGS)
     assert "prefers-color-scheme: dark" in page
     assert "#010203" not in page
+
+
+def test_paths_are_written_no_finer_than_a_screen_shows_them(page: str) -> None:
+    paths = re.findall(r' d="([^"]*)"', page)
+    assert paths
+    assert not any(re.search(r"\.\d{3}", path) for path in paths)
 
 
 def poison(value: Any) -> Any:
@@ -193,6 +203,59 @@ def test_reporting_imports_neither_flwr_nor_torch() -> None:
     )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def timeline_of(folder: Path) -> str:
+    with style():
+        picture = draw_timeline(View(read_events(folder)))
+    assert picture is not None
+    return picture.svg + picture.note
+
+
+def test_every_merge_of_a_run_of_forty_rounds_is_in_the_timeline(make_run: MakeRun) -> None:
+    seen = timeline_of(make_run(num_clients=4, num_rounds=40))
+    assert "the whole run: 40 merges in" in seen
+    assert "The first panel is the whole run" in seen
+    assert all(f"merge of round {server_round} at" in seen for server_round in range(1, 41))
+
+
+def test_a_short_run_is_one_panel_in_full_detail(make_run: MakeRun) -> None:
+    seen = timeline_of(make_run(num_clients=3, num_rounds=4))
+    assert "the whole run: 4 merges in" in seen
+    assert "enlarged" not in seen
+    assert all(f"client {pid}, round {number}" in seen for pid in range(3) for number in range(1, 5))
+
+
+def test_the_timeline_of_a_longer_run_is_hardly_larger() -> None:
+    def boxes(num_rounds: int) -> int:
+        """Boxes drawn of rounds in which one client trains for a second and waits for the other's two."""
+        _, axes = make_figure(1, 1, 2)
+        arrivals = [
+            Arrival(n, pid, "merged", start_s=2.0 * n, finish_s=2.0 * n + 1 + pid, compute_s=1.0 + pid)
+            for n in range(num_rounds)
+            for pid in (0, 1)
+        ]
+        waits = [Wait(row, 1.0 - row.partition_id, None) for row in arrivals]
+        draw_whole(axes[0], waits, {0: 0, 1: 1}, [2.0 * (n + 1) for n in range(num_rounds)], 2.0 * num_rounds)
+        return sum(len(patch.get_path().vertices) for patch in axes[0].patches) // 5
+
+    assert boxes(5) == 5 + 5 + 1  # training and waiting in turn, and the other client trains without a gap
+    assert boxes(450) == 450 + 450 + 1  # two or three bins a round, and every round looks the same
+    assert boxes(5000) <= 2 * MAX_BINS
+
+
+def test_clients_that_may_get_no_smaller_sub_model_are_named(make_run: MakeRun) -> None:
+    rows = make_rows(num_clients=3, num_rounds=2)
+    decision = {"event": "decision", "server_round": 1, "rates": {"0": 1.0, "1": 0.2, "2": 0.2}}
+    for floors, words in (([], None), ([2], "client 2 may get no smaller"), ([1, 2], "clients 1 and 2 may get no")):
+        with style():
+            log = read_events(
+                make_run(f"run{len(floors)}", rows=[*rows[:-1], {**decision, "floors": floors}, rows[-1]])
+            )
+            picture = draw_adaptation(View(log))
+        assert picture is not None
+        assert ("no smaller" in picture.note) == (words is not None)
+        assert (words or "") in picture.note
 
 
 def test_a_group_that_a_reply_does_not_name_is_shown_whole(make_run: MakeRun) -> None:

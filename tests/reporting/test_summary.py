@@ -12,9 +12,9 @@ import pytest
 
 from reporting.log import read_events
 from reporting.maps import _evenness
-from reporting.report import make_page
+from reporting.report import make_page, write_report
 from reporting.rows import Merge
-from reporting.summary import coverage_gaps, summarise, utilisation, write_summary
+from reporting.summary import SUMMARY_FILE, coverage_gaps, summarise, utilisation
 from reporting.units import format_seconds
 from reporting.waiting import find_waits
 
@@ -177,12 +177,12 @@ def test_summary_json_is_strict_json_even_when_training_diverged(make_run: MakeR
         {"event": "evaluation", "server_round": 2, "time_s": 2.0, "accuracy": math.nan, "loss": math.inf},
     ]
     folder = make_run(rows=rows)
-    path = write_summary(read_events(folder), folder)
+    write_report(folder)
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    summary = json.loads(path.read_text(), parse_constant=refuse)
+    summary = json.loads((folder / SUMMARY_FILE).read_text(), parse_constant=refuse)
     assert summary["final_accuracy"] == 0.1
     assert summary["final_loss"] is None
 

@@ -63,6 +63,9 @@ def test_the_resolved_config_is_toml_that_parses_back(tmp_path):
         ({"strategy": "fedavg", "heterofl.rates": "1,2"}, r"heterofl\.rates: got '1,2'"),
         ({"heterofl.assignment": "random"}, r"heterofl\.assignment: got 'random'"),
         ({"transport": "pigeon"}, "transport: got 'pigeon'"),
+        ({"seed": 10**21}, r"seed: got 10{21}, expected a whole number of at most 64 bits"),
+        ({"train.batch-size": 2**63}, r"train\.batch-size: got \d+, expected a whole number of at most 64 bits"),
+        ({"data.seed": -1}, r"data\.seed: got -1, expected >= 0"),
     ],
 )
 def test_a_bad_key_or_value_is_named_with_what_was_expected(flat, message):
@@ -108,8 +111,11 @@ def test_values_are_read_as_people_write_them(word, value):
         ({"model.name": "resnet19"}, "unknown model 'resnet19', did you mean 'resnet1?8'"),
         ({"data.name": "digit"}, "Did you mean 'digits'"),
         ({"fleet.name": "unifrom"}, "Did you mean 'uniform'"),
-        ({"data.partition": "dirichlet"}, "partition|dirichlet"),
-        ({"num-clients": 400, "data.min-size": 2}, "400"),
+        ({"data.partition": "dirichlet"}, "partition 'dirichlet': expected a number > 0, got ''"),
+        (
+            {"num-clients": 400, "data.min-size": 2},
+            r"400 clients with at least 2 samples each need 800 samples, got \d+",
+        ),
         ({"data.max-test": 3}, r"data\.max-test: the held-out set has 3 examples, expected at least 4"),
     ],
 )

@@ -10,6 +10,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from server_app.config import defaults
@@ -265,7 +266,9 @@ def test_an_interrupted_run_offers_a_report_only_where_there_is_something_to_sho
 def test_paths_are_absolute_the_callers_from_where_it_is_and_the_defaults_from_the_project(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('[[devices]]\nprofile = "laptop"\ncount = 10\n')
     (tmp_path / "a b").mkdir()
-    (tmp_path / "a b" / "c.npz").touch()
+    np.savez(
+        tmp_path / "a b" / "c.npz", **dict.fromkeys(("x_train", "x_test", "y_test"), ()), y_train=np.zeros(100, int)
+    )
     settings = plan(["data.name=npz:a b/c.npz", "fleet.name=mine.toml", "run-dir=out"], tmp_path)
     flat = tomllib.loads(settings.settings)
     assert flat["data"]["name"] == f"npz:{tmp_path}/a b/c.npz"
@@ -321,22 +324,29 @@ def flatten(table: dict, prefix: str = "") -> dict:
         (["fleet.name=linear:0.5"], "a number >= 1"),
         (["fleet.name=none.toml"], "none.toml: cannot be read"),
         (["resume=nowhere"], "there is no checkpoint"),
+        (["num-clients=200"], "need 2000 samples, got 1437; use fewer clients"),
+        (["data.max-train=90"], "need 100 samples, got 90; use fewer clients"),
+        (["data.partition=pathological:1", "num-clients=9"], "cannot hold 10 labels; use at least 2 labels a client"),
+        (["data.name=hub:owner/set"], "allow that with data.download=true"),
+        (["data.seed=-1"], "data.seed: got -1"),
+        (["train.device=cuda"], "train.device: got 'cuda', but PyTorch finds no CUDA device on this machine"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_starts_nothing(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     monkeypatch.setattr("server_app.launch.run", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(arguments, tmp_path) == 2
     assert message in capsys.readouterr().err
 
 
 def test_what_a_superlink_reads_is_not_looked_for_here(tmp_path: Path) -> None:
-    words = ["data.name=npz:/there/only.npz", "fleet.name=none", "resume=/there/run"]
+    words = ["data.name=npz:/there/only.npz", "fleet.name=none", "resume=/there/run", "train.device=cuda"]
     flat = tomllib.loads(plan(words, tmp_path, is_here=False).settings)
     assert (flat["data"]["name"], flat["resume"]) == ("npz:/there/only.npz", "/there/run")
     with pytest.raises(LaunchError, match="does not exist"):
-        plan(words, tmp_path)
+        plan(words[:-1], tmp_path)
 
 
 @pytest.fixture

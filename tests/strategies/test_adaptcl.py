@@ -13,10 +13,12 @@ import torch
 
 from client_app.handler import handle
 from client_app.model import build_model
+from client_app.objectives.base import Task
+from client_app.objectives.sparsity import sparsity_penalty
 from pruning.cost import measure_costs
 from pruning.extract import embed
 from pruning.rates import ClientRate
-from pruning.spec import SubModelSpec
+from pruning.spec import FULL, SubModelSpec
 from strategies import AdaptCL
 from strategies.adaptcl import AdaptCLConfig
 from strategies.setting import Order, Progress, Setting
@@ -234,16 +236,20 @@ def test_the_family_has_a_member_for_every_rate_in_use(plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [{"train.sparsity": 1e-3}, {"train.sparsity": 1e-4, "train.sparsity-norm": "group-lasso"}]
-)
-def test_it_trains_under_sparsity(settings, tmp_path):
-    rows = tiny_run(tmp_path / "run", **{**ADAPTCL, "num-rounds": 4, "model.name": "cnn", **settings})
-    losses = [row["loss"] for row in select(rows, "evaluation")]
-    assert losses[-2] < losses[0]
-    plain_rows = tiny_run(tmp_path / "plain", **{**ADAPTCL, "num-rounds": 4, "model.name": "cnn"})
-    assert not equal_states(final_state(tmp_path / "run"), final_state(tmp_path / "plain"))
-    assert select(plain_rows, "end")
+@pytest.mark.parametrize(("norm", "sparsity"), [("l1", 0.05), ("group-lasso", 0.03)])
+def test_what_a_regulariser_punishes_ends_smaller_than_without_it(norm, sparsity, tmp_path):
+    settings = {**ADAPTCL, "num-rounds": 4, "model.name": "cnn", "train.sparsity-norm": norm}
+
+    def punished(factor: float) -> float:
+        rows = tiny_run(tmp_path / str(factor), **settings, train__sparsity=factor)
+        losses = [row["loss"] for row in select(rows, "evaluation")]
+        assert losses[-1] < losses[0]
+        model, layout = get_model("cnn", 10, 1, 8)
+        model.load_state_dict(final_state(tmp_path / str(factor)))
+        task = Task(model, layout, TrainConfig(sparsity_norm=norm), {}, torch.ones(10), FULL, model)
+        return float(sparsity_penalty(task)().detach())
+
+    assert punished(sparsity) < 0.8 * punished(0.0)
 
 
 @pytest.mark.slow
