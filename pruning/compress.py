@@ -57,17 +57,22 @@ def densify(sparse: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[st
     Raises
     ------
     CompressionError
-        If a tensor is missing, or an index lies outside its entry.
+        If a tensor is missing or of another form than ``sparsify`` makes, or an index lies outside its entry.
     """
     dense: dict[str, Tensor] = {}
     for key, tensor in like.items():
         if key in sparse:
             dense[key] = sparse[key]
         elif key + INDEX in sparse and key + VALUE in sparse:
-            index, value = sparse[key + INDEX].long(), sparse[key + VALUE]
+            index, value = sparse[key + INDEX], sparse[key + VALUE]
+            if index.dtype != torch.int32 or value.dtype != torch.float32 or index.dim() != 1:
+                raise CompressionError(
+                    f"compressed update: {key!r} should be a row of int32 positions and one of float32 values, got "
+                    f"{index.dtype} {tuple(index.shape)} and {value.dtype} {tuple(value.shape)}"
+                )
             if index.shape != value.shape or bool((index < 0).any()) or bool((index >= tensor.numel()).any()):
                 raise CompressionError(f"compressed update: indices of {key!r} do not fit {tuple(tensor.shape)}")
-            dense[key] = torch.zeros(tensor.numel()).index_copy_(0, index, value.float()).view(tensor.shape)
+            dense[key] = torch.zeros(tensor.numel()).index_copy_(0, index.long(), value).view(tensor.shape)
         elif tensor.is_floating_point():
             raise CompressionError(f"compressed update: entry {key!r} is missing")
     return dense

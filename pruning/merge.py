@@ -114,33 +114,35 @@ class MaskedMean:
         self._holders: dict[str, np.ndarray] = {}
         self._pending: dict[SubModelSpec, tuple[float, int]] = {}
 
-    def add(self, sub_state: State, spec: SubModelSpec, weight: float, *, narrowed: SubModelSpec | None = None) -> None:
+    def add(self, sub_state: State, spec: SubModelSpec, weight: float, *, part: SubModelSpec | None = None) -> None:
         """Add one client's reply.
 
         Parameters
         ----------
         sub_state : its entries under ``spec``; may leave out integer buffers.
         weight : finite and >= 0; 0 changes nothing.
-        narrowed : the part of ``spec`` to be merged, a subset of it (masks learned on the client, the labels it has).
+        part : what of ``spec`` is to be merged (the labels that a client has); ``sub_state`` holds all of ``spec``.
 
         Raises
         ------
         MergeError
-            If the weight or an entry is not finite, or ``narrowed`` is not part of ``spec``.
-        StateError
-            If an entry is missing, unexpected or of another shape.
+            If the weight or an entry is not finite, or ``part`` is not a part of ``spec``.
+        SpecError, StateError
+            If ``part`` does not fit the model; if an entry is missing, unexpected or of another shape.
         """
         if not math.isfinite(weight) or weight < 0:
             raise MergeError(f"merge: weight must be finite and >= 0, got {weight}")
         sent = self.check(sub_state, spec)
-        if narrowed is not None and not narrowed.is_subset_of(spec, self.layout):
-            raise MergeError("merge: the reply's narrower spec is not part of the spec that was sent")
+        if part is not None:
+            part.check(self.layout)
+            if not part.is_subset_of(spec, self.layout):
+                raise MergeError("merge: what is to be merged is not part of the spec that was sent")
         if weight == 0:
             return
-        held = spec if narrowed is None else narrowed
-        chosen = sent if narrowed is None else selection(self.layout, held, self.shapes)
+        held = spec if part is None else part
+        chosen = sent if part is None else selection(self.layout, held, self.shapes)
         entries = {
-            key: sub_state[key] if narrowed is None else gather(sub_state[key], relative(sent.positions[key], kept))
+            key: sub_state[key] if part is None else gather(sub_state[key], relative(sent.positions[key], kept))
             for key, kept in chosen.positions.items()
             if self.previous[key].is_floating_point()
         }

@@ -16,7 +16,7 @@ from reporting.waiting import Closing, Wait, find_waits
 SUMMARY_FILE = "summary.json"
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 SHARES_OF_BEST = (0.9, 0.95, 0.99)
-STATUSES = ("merged", "rejected", "failed", "late", "unavailable")
+STATUSES = ("merged", "rejected", "failed", "late")
 
 
 def summarise(log: RunLog, targets: Sequence[float] = TARGETS) -> dict[str, Any]:

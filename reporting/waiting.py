@@ -52,7 +52,7 @@ def find_waits(log: RunLog) -> tuple[tuple[Wait, ...], tuple[Closing, ...]]:
     held: list[list[Arrival]] = [[] for _ in merges]
     waits: list[Wait] = []
     for arrival in log.arrivals:
-        if arrival.finish_s is None or arrival.status == "unavailable":
+        if arrival.finish_s is None:
             continue
         index = bisect_left(times, _just_before(arrival.finish_s))
         if arrival.status == "late" or index == len(merges):

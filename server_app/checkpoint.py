@@ -151,7 +151,8 @@ def _tensors(answer: Report | Failure, name: str) -> dict[str, torch.Tensor]:
 def _arrival_from_plain(raw: dict[str, Any], tensors: dict[str, Any], folder: Path) -> Arrival:
     spec = spec_from_json(raw["spec"])
     assert spec is not None
-    entry = Entry(**raw["entry"], spec=spec)
+    asked = {"wants_delta": raw["answer"].get("is_delta", False)}  # checkpoints from before entries knew it
+    entry = Entry(**asked | raw["entry"], spec=spec)
     if "file" in raw:
         if not (folder / raw["file"]).is_file():
             raise CheckpointError(f"resume: {folder / raw['file']} is missing, which the checkpoint needs")

@@ -227,8 +227,13 @@ def has_end(path: Path) -> bool:
     if not path.exists():
         return False
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        return b'"event": "end"' in file.read()
+        size, reach = path.stat().st_size, 4096
+        while True:
+            file.seek(max(0, size - reach))
+            rows = file.read().split(b"\n")[:-1]  # behind the last line break is half a row, or nothing
+            if len(rows) > 1 or reach >= size:  # the last row is whole: a reason may be of any length
+                return bool(rows) and rows[-1].startswith(b'{"event": "end"')
+            reach *= 4
 
 
 def _start_here(carry_out: Callable[[], object]) -> Outcome:

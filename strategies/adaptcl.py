@@ -119,10 +119,17 @@ class AdaptCL(SubModelStrategy):
         settings = {"core": spec_to_json(core)}
         return {pid: replace(order, objective="nested", settings=settings) for pid, order in orders.items()}
 
+    def vet(self, arrival: Arrival, report: Report) -> None:
+        """An update that took no time says nothing about a device."""
+        self._with_time(arrival)
+
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Note the update time; the only thing AdaptCL ever learns about a device."""
+        self._rates = self._with_time(arrival)
+
+    def _with_time(self, arrival: Arrival) -> RateState:
         pid, time_s = arrival.entry.partition_id, arrival.duration.update_time_s
-        self._rates = record_time(self._rates, pid, time_s, self._first_ratio(pid), arrival.entry.work_ratio)
+        return record_time(self._rates, pid, time_s, self._first_ratio(pid), arrival.entry.work_ratio)
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Under the configured aggregation."""

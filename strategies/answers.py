@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pruning.compress import densify
 from pruning.cost import CostModel
 from pruning.groups import Layout
-from pruning.merge import AggregateResult, is_finite
+from pruning.merge import AggregateResult
 from pruning.spec import SubModelSpec
 from pruning.tally import extremes
 from strategies.exchange import Arrival
 from strategies.setting import Progress
+from wire.check import MAX_MACS
 from wire.message import Report, State, payload_bytes
 
 ADDED = (
@@ -26,9 +30,61 @@ ADDED = (
 LARGEST = ("peak_memory_bytes",)
 """Fields of which the largest of the requests counts."""
 
+OF_THE_SERVER = (
+    *("event", "wall_s", "line", "server_round", "partition_id", "status", "reason", "num_requests"),
+    *("global_version_sent", "staleness", "start_s", "finish_s", "work_ratio", "retention_ratio", "widths", "depth"),
+)
+RESERVED = frozenset((*OF_THE_SERVER, "num_examples", *ADDED, *LARGEST)) - {"counted_bytes", "dense_bytes"}
+"""Fields of an arrival's row that are the server's to fill in; the names of all others are free for metrics."""
+
+SAID = {
+    "num_examples": "num_examples",
+    "train_macs": "train_macs",
+    "peak_memory_bytes": "peak_memory_bytes",
+    "compute_s": "measured_compute_s",  # the row's compute_s is of the run's clock
+}
+"""Number of a report -> its field in an arrival's row."""
+
+MAX_ENTRY = 1e12
+"""Largest magnitude of an entry of a tensor. Times ``MAX_EXAMPLES`` and a million clients it stays within float32, and
+so does its square where steps are compensated: one client cannot make everybody's merge overflow."""
+
+MAX_EXAMPLES = 2**31
+MAX_STEPS = 10**6
+MAX_SECONDS = 1e9
+MAX_METRIC = 1e30
+"""No measurement is larger; sums and means over clients stay numbers."""
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "num_examples": (1, MAX_EXAMPLES),
+    "train_macs": (0, MAX_MACS),
+    "compute_s": (0, MAX_SECONDS),
+    "busy_s": (0, MAX_SECONDS),
+    "num_steps": (0, MAX_STEPS),
+    "peak_memory_bytes": (0, 2**63),
+}
+"""Field of a report -> the least and the largest that is believed."""
+
+FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+"""What an answer of the wrong kind makes checks, methods and torch raise; a full disk is not the client's fault."""
+
 
 class ReportError(ValueError):
     """A report holds numbers or tensors that cannot be right."""
+
+
+def describe(error: Exception) -> str:
+    """Why an answer was turned away; what no check foresaw says what it is."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def is_believable(name: str, number: float) -> bool:
+    """Whether a field of a report, or a metric, has a finite value in its range."""
+    low, high = BOUNDS.get(name, (-MAX_METRIC, MAX_METRIC))
+    try:
+        return bool(low <= number <= high)
+    except TypeError:
+        return False
 
 
 def check_narrowed(report: Report, spec: SubModelSpec, layout: Layout) -> SubModelSpec:
@@ -36,50 +92,45 @@ def check_narrowed(report: Report, spec: SubModelSpec, layout: Layout) -> SubMod
 
     Raises
     ------
-    ReportError
+    ReportError, SpecError
         If it is not a part of what was sent.
     """
     if report.narrowed is None:
         return spec
+    report.narrowed.check(layout)
     if not report.narrowed.is_subset_of(spec, layout):
         raise ReportError("report: its narrower spec is not part of the spec that was sent")
     return report.narrowed
 
 
-def check_report(report: Report, state: State, sent: State) -> Report:
+def check_report(
+    report: Report, state: State, sent: State, wants_delta: bool = False, wants_sparse: bool = False
+) -> Report:
     """Return the report with dense entries: values, or steps where it ``is_delta``.
 
     Parameters
     ----------
     state : the global model.
     sent : the client's part of it, as it is now.
+    wants_delta, wants_sparse : whether it was asked for steps instead of values, and for the largest entries only.
 
     Raises
     ------
     ReportError, CompressionError
-        If a number is not finite or negative, an entry has another kind of numbers, or an update does not fit.
+        If a number is out of range, a metric has the name of a field of the event log, the answer is of another kind
+        than was asked for, an entry has another type than was sent or is too large, or an update does not fit.
     """
-    numbers = {
-        "num-examples": report.num_examples,
-        "train-macs": report.train_macs,
-        "compute-s": report.compute_s,
-        "busy-s": report.busy_s,
-        "num-steps": report.num_steps,
-        "peak-memory-bytes": report.peak_memory_bytes,
-    }
-    for name, number in numbers.items():
-        if not (math.isfinite(number) and number >= 0):
-            raise ReportError(f"report: {name}: got {number}, expected a finite number >= 0")
-    for name, number in report.metrics.items():
-        if not math.isfinite(number):
-            raise ReportError(f"report: metric {name!r}: got {number}, expected a finite number")
+    _check_numbers(report)
     for key, tensor in report.companions.items():
-        if not is_finite(tensor):
-            raise ReportError(f"report: companion {key!r} holds NaN or infinity")
+        _check_entries(f"companion {key!r}", tensor)
     for key, tensor in report.state.items():
-        expected = state.get(key, tensor)
-        if tensor.is_complex() or tensor.is_floating_point() != expected.is_floating_point():
-            raise ReportError(f"report: entry {key!r} should be {expected.dtype}, got {tensor.dtype}")
+        expected = state.get(key, tensor).dtype
+        if tensor.dtype != expected:
+            raise ReportError(f"report: entry {key!r} should be {expected}, got {tensor.dtype}")
+        _check_entries(f"entry {key!r}", tensor)
+    if report.state and (report.is_delta, report.is_sparse) != (wants_delta, wants_sparse):
+        asked, got = _kind(wants_delta, wants_sparse), _kind(report.is_delta, report.is_sparse)
+        raise ReportError(f"report: should hold {asked}, as it was asked for, got {got}")
     if not report.is_delta:
         return report
     delta = densify(report.state, sent) if report.is_sparse else report.state
@@ -90,6 +141,37 @@ def check_report(report: Report, state: State, sent: State) -> Report:
             shapes = f"should have shape {tuple(sent[key].shape)}, got {tuple(tensor.shape)}"
             raise ReportError(f"report: its update does not fit the sub-model that was sent: entry {key!r} {shapes}")
     return replace(report, state=delta, is_sparse=False)
+
+
+def _check_numbers(report: Report) -> None:
+    for name, (low, high) in BOUNDS.items():
+        if not is_believable(name, getattr(report, name)):
+            got = f"got {getattr(report, name)}, expected a finite number >= {low} and at most {high:g}"
+            raise ReportError(f"report: {name.replace('_', '-')}: {got}")
+    for name, number in report.metrics.items():
+        if name in RESERVED:
+            raise ReportError(f"report: metric {name!r} has the name of a field of the event log; rename it")
+        if not is_believable("", number):
+            raise ReportError(
+                f"report: metric {name!r}: got {number}, expected a finite number of at most {MAX_METRIC:g}"
+            )
+
+
+def _check_entries(what: str, tensor: Tensor) -> None:
+    """One pass over the entries and no copy of them."""
+    if tensor.is_complex():
+        raise ReportError(f"report: {what} holds complex numbers ({tensor.dtype})")
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    low, high = map(float, torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ReportError(f"report: {what} holds NaN or infinity")
+    if max(-low, high) > MAX_ENTRY:
+        raise ReportError(f"report: {what} holds numbers up to {max(-low, high):g}, at most {MAX_ENTRY:g} is accepted")
+
+
+def _kind(is_delta: bool, is_sparse: bool) -> str:
+    return ("the largest entries of " if is_sparse else "") + ("steps" if is_delta else "values")
 
 
 def rebase(report: Report, now: State, scale: float = 1.0) -> Report:
@@ -125,7 +207,8 @@ def check_tested(report: Report) -> Report:
         If one is missing, not finite or out of range.
     """
     figures = {name: report.metrics.get(name, math.nan) for name in ("accuracy", "loss")}
-    if report.num_examples < 1 or not all(map(math.isfinite, figures.values())) or not 0 <= figures["accuracy"] <= 1:
+    is_sound = is_believable("num_examples", report.num_examples) and is_believable("loss", figures["loss"])
+    if not is_sound or not 0 <= figures["accuracy"] <= 1:
         raise ReportError(f"report: a test on {report.num_examples} examples found {figures}, expected finite figures")
     return report
 
@@ -156,14 +239,11 @@ def arrival_row(arrival: Arrival, cost: CostModel, staleness: int, status: str, 
         row["overhead_s"] = arrival.overhead_s
     if isinstance(arrival.answer, Report):
         report = arrival.answer
-        row |= {
-            "upload_bytes": payload_bytes(report),
-            "num_examples": report.num_examples,
-            "train_macs": report.train_macs,
-            "peak_memory_bytes": report.peak_memory_bytes,
-            "measured_compute_s": report.compute_s,
-            **{name: value for name, value in report.metrics.items() if name not in row},
-        }
+        row["upload_bytes"] = payload_bytes(report)
+        numbers = ((name, getattr(report, name)) for name in SAID)
+        row |= {SAID[name]: value for name, value in numbers if is_believable(name, value)}
+        metrics = report.metrics.items()
+        row |= {name: value for name, value in metrics if name not in RESERVED and is_believable("", value)}
     return row
 
 
@@ -193,7 +273,7 @@ def merge_row(
         "num_merged": merged.num_merged,
         "n_star": merged.n_star,
         "uncovered_ratio": merged.uncovered_ratio,
-        "coverage": {key: mean / merged.num_merged for key, mean in merged.mean_holders().items()},
+        "coverage": {key: mean / max(1, merged.num_merged) for key, mean in merged.mean_holders().items()},
         "coverage_least": coverage_least,
         "coverage_most": coverage_most,
         "merge_cpu_s": cpu_s,

@@ -1,15 +1,14 @@
 """SubModelStrategy: the one event loop of every method.
 
-plan -> send -> arrivals -> observe, weigh -> merge -> evaluate -> log -> checkpoint. A method says *which units, for
-whom, when, and with what weight* in a few hooks; it never sees a message, a grid or a record.
+plan -> send -> arrivals -> check, weigh, add, observe -> merge -> evaluate -> log -> checkpoint. A method says *which
+units, for whom, when, and with what weight* in a few hooks; it never sees a message, a grid or a record.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -24,18 +23,28 @@ from pruning.extract import extract
 from pruning.merge import MaskedMean, is_finite
 from pruning.spec import SubModelSpec
 from pruning.tally import add_holders
-from strategies.answers import arrival_row, check_narrowed, check_report, combined_row, merge_row, rebase
+from strategies.answers import (
+    FAULTS,
+    arrival_row,
+    check_narrowed,
+    check_report,
+    combined_row,
+    describe,
+    merge_row,
+    rebase,
+)
 from strategies.asking import choose
-from strategies.client_tests import EVALUATION_DISPATCH, ask_tests
+from strategies.client_tests import ask_tests, evaluation_request
+from strategies.closing import EmptyRounds, RunStoppedError, arrivals
 from strategies.delay import compensate_report, first_mean_square
 from strategies.exchange import Arrival, Entry, Exchange, Transport
 from strategies.extracts import Extracts
 from strategies.hooks import Hooks
 from strategies.kept import KeptDispatches
 from strategies.loop import has_own_loop, in_force
+from strategies.over_grid import over_grid
 from strategies.setting import Listener, Order, Progress, Setting
 from strategies.shelf import Shelf
-from strategies.transport import over_grid
 from strategies.versions import VersionStore
 from wire.flat import refuse
 from wire.message import Failure, Instruction
@@ -43,9 +52,7 @@ from wire.message import Failure, Instruction
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 logger = logging.getLogger(__name__)
 
-
-class RunStoppedError(RuntimeError):
-    """The run cannot go on; the last checkpoint holds everything merged so far."""
+__all__ = ["RunStoppedError", "SubModelStrategy"]
 
 
 class SubModelStrategy(Hooks, Strategy):
@@ -93,14 +100,19 @@ class SubModelStrategy(Hooks, Strategy):
     ) -> Result:
         """Run until round ``num_rounds`` and return Flower's result. ``grid`` may be any transport.
 
+        ``timeout``, ``train_config`` and ``evaluate_config`` belong to Flower's round loop and are not read:
+        ``Setting.reply_timeout_s`` and ``Setting.job`` say here how long to wait and how to train.
+
         Raises
         ------
         ConfigError
             If what is configured makes no sense together.
         RunStoppedError
-            If several rounds in a row brought no usable answer.
+            If several rounds in a row brought no usable answer, or none of the run did.
         """
         self.check()
+        early, waits = "loop.quorum, loop.deadline-s", "its rounds wait for everybody; set 0"
+        refuse(self.needs_barrier and not self.loop.is_barrier, early, f"not with strategy {self.name!r}: {waits}")
         num_asked = sum(map(self.takes_part, range(self.setting.job.num_clients)))
         refuse(num_asked == 0, f"strategy={self.name}", "no client may take part")
         is_compressed = self.setting.job.compression.kind != "none"
@@ -112,7 +124,7 @@ class SubModelStrategy(Hooks, Strategy):
             self.begin()
         progress, result = self.progress, Result()
         exchange = self._open(transport)
-        num_empty = 0
+        empty = EmptyRounds(self.loop.max_empty_rounds)
         with ExitStack() as stack:  # all of them, whatever one of them raises
             for held in (self._versions, exchange.shelf, self, transport):
                 if held is not None:
@@ -121,18 +133,14 @@ class SubModelStrategy(Hooks, Strategy):
                 self._evaluate(exchange, 0, result, evaluate_fn)
             for server_round in range(progress.server_round + 1, num_rounds + 1):
                 num_merged = self._round(exchange, server_round)
-                num_empty = 0 if num_merged or num_merged is None else num_empty + 1
-                if num_empty >= self.loop.max_empty_rounds:
-                    raise RunStoppedError(
-                        f"no usable answer in {num_empty} rounds in a row; the event log has the reasons, and the last "
-                        "checkpoint is kept"
-                    )
+                empty.note(num_merged)
                 progress.server_round, progress.now_s = server_round, exchange.now_s
                 progress.next_dispatch = exchange.next_dispatch
                 is_due = server_round % self.setting.evaluate_every == 0 and num_merged is not None
                 if is_due or server_round == num_rounds:
                     self._evaluate(exchange, server_round, result, evaluate_fn)
                 self._keep(exchange)
+            empty.conclude(progress.num_merged)
         result.arrays = ArrayRecord(progress.state)
         return result
 
@@ -168,6 +176,7 @@ class SubModelStrategy(Hooks, Strategy):
     def _round(self, exchange: Exchange, server_round: int) -> int | None:
         """One round: ask, collect, merge. Returns the number of answers merged; None if the method asked nobody."""
         self._round_began_s, self._num_merged = exchange.now_s, 0
+        exchange.deadline_s = self.loop.deadline_of(self._round_began_s)
         self._extracts.clear()
         clients = choose(self.loop, exchange, self.progress.clocks, (self.seed, server_round), self.takes_part)
         orders = self.plan(server_round, clients)
@@ -192,7 +201,7 @@ class SubModelStrategy(Hooks, Strategy):
         while True:
             for partition_id, order in orders.items():
                 self._dispatch(exchange, server_round, partition_id, order)
-            for arrival in self._arrivals(exchange):
+            for arrival in arrivals(exchange, self.loop, self._round_began_s, lambda: self._num_merged):
                 began = time.process_time()
                 row = self._take(arrival, mean)
                 taken.setdefault(arrival.entry.dispatch if asked_once else arrival.entry.partition_id, []).append(row)
@@ -233,7 +242,8 @@ class SubModelStrategy(Hooks, Strategy):
     def _dispatch(self, exchange: Exchange, server_round: int, partition_id: int, order: Order) -> int:
         blank = self._instruction("train", server_round, partition_id, order)
         version, state = self.progress.global_version, self.progress.state  # however late the request is sent
-        entry = Entry(-1, partition_id, server_round, version, order.spec, exchange.now_s, 0, order.work_ratio)
+        asked = (order.work_ratio, blank.wants_delta)
+        entry = Entry(-1, partition_id, server_round, version, order.spec, exchange.now_s, 0, *asked)
         if self._versions is not None:
             self._versions.put(version, state)
 
@@ -275,28 +285,14 @@ class SubModelStrategy(Hooks, Strategy):
         """The tensors of ``spec`` as the global model has them now; nobody may change them."""
         return self._extracts.get(self.progress.state, spec)
 
-    def _arrivals(self, exchange: Exchange) -> Iterable[Arrival]:
-        """Yield answers until the round closes."""
-        if self.loop.is_barrier:
-            while (arrival := exchange.next_in_dispatch_order()) is not None:
-                yield arrival
-            return
-        deadline_s = self.loop.deadline_of(self._round_began_s)
-        while not self._is_closed(exchange):
-            arrival = exchange.next_arrival(deadline_s)
-            if arrival is None and math.isfinite(deadline_s):
-                exchange.advance_to(deadline_s)
-                if not self._num_merged:  # a deadline closes a round only once something has arrived
-                    arrival = exchange.next_arrival()
-            if arrival is None:
-                return
-            yield arrival
-
     def _is_closed(self, exchange: Exchange) -> bool:
         return self.loop.is_closed(self._num_merged, self._round_began_s, exchange.now_s)
 
     def _take(self, arrival: Arrival, mean: MaskedMean) -> dict[str, Any]:
-        """Check one answer, observe and weigh it, add it to the merge; returns its row of the event log."""
+        """Check one answer, weigh it, add it to the merge and learn from it; returns its row of the event log.
+
+        Whatever is wrong with an answer turns it away before anything has changed; it never ends the run.
+        """
         entry, answer = arrival.entry, arrival.answer
         staleness = self.progress.global_version - entry.global_version
         row = partial(arrival_row, arrival, self.cost, staleness)
@@ -307,16 +303,18 @@ class SubModelStrategy(Hooks, Strategy):
         try:
             held = check_narrowed(answer, entry.spec, self.layout)
             now = self.present(held)
-            report = check_report(answer, self.progress.state, now)
+            is_compressed = self.setting.job.compression.kind != "none"
+            report = check_report(answer, self.progress.state, now, entry.wants_delta, is_compressed)
             mean_square = self.progress.mean_square
             if self.loop.compensation:
                 mean_square = mean_square or first_mean_square(self.progress.state)
                 sent, place = self.sent_state(entry, held), (self.layout, held)
                 report, mean_square = compensate_report(report, now, sent, mean_square, place, self.loop)
             report = rebase(report, now, self.loop.step_scale(staleness))
+            self.vet(arrival, report)
             self.add(mean, entry, report, staleness)
-        except ValueError as error:
-            return row("rejected", str(error))
+        except FAULTS as error:
+            return row("rejected", describe(error))
         self.observe(arrival, report)
         self._num_merged += 1
         self.progress.mean_square = mean_square
@@ -373,19 +371,10 @@ class SubModelStrategy(Hooks, Strategy):
 
         def instruct(pid: int) -> Instruction:
             order = self.evaluation_order(pid)
-            own = {"own-classes": self.setting.own_classes, "own-statistics": self.setting.own_statistics}
-            return replace(
-                self._instruction("evaluate", server_round, pid, order),
-                dispatch=EVALUATION_DISPATCH + server_round * self.setting.job.num_clients + pid,
-                state=order.pick(self.present(order.spec)),
-                settings={**order.settings, **own},
-                companions=order.companions(),
-            )
+            blank = self._instruction("evaluate", server_round, pid, order)
+            return evaluation_request(blank, order, self.present(order.spec), self.setting)
 
-        def turn_away(pid: int, error: ValueError) -> None:
-            self.warn(server_round, f"the test of client {pid} was turned away: {error}")
-
-        return ask_tests(exchange, free, instruct, self.judge, turn_away)
+        return ask_tests(exchange, free, instruct, self.judge, partial(self.warn, server_round))
 
     # --- Flower's own loop is not used ------------------------------------------------------------------------------
 

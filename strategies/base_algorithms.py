@@ -14,7 +14,7 @@ from pruning.groups import Layout
 from pruning.merge import AggregateResult
 from pruning.spec import FULL, SubModelSpec
 from strategies.exchange import Entry
-from strategies.normalise import StepTally, scaled
+from strategies.normalise import StepTally, check_steps, scaled
 from strategies.setting import Setting
 from strategies.variates import Change, Variates, check_variates
 from wire.flat import refuse
@@ -96,6 +96,7 @@ class Base:
             return Answer(report, lambda weight: variates.add(change, weight_of))
         if self.name == "fednova":
             job = self.setting.job
+            check_steps(report, job.train, entry.work_ratio)
             rate = learning_rate(job.train, entry.server_round, job.num_rounds)
             distance = local_distance(job.train, report.num_steps, rate)
             factor = self._tally.factor(distance)

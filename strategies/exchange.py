@@ -20,6 +20,7 @@ from fleet.clock import Duration, DurationModel, VirtualClock
 from pruning.spec import SubModelSpec
 from strategies.shelf import Shelf
 from strategies.travel import TravelModel
+from wire.check import MAX_MACS
 from wire.message import Failure, Instruction, Report, payload_bytes
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Entry:
     start_s : when it was sent, on the run's clock.
     download_bytes : of its tensors.
     work_ratio : how much it was to train, as a multiple of the run's local epochs.
+    wants_delta : whether it was asked for steps instead of values.
     """
 
     dispatch: int
@@ -71,6 +73,7 @@ class Entry:
     start_s: float
     download_bytes: int
     work_ratio: float = 1.0
+    wants_delta: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ class Arrival:
 class Exchange:
     """The ledger, the clock and the transport of one run.
 
+    A simulated device that drops out trains, and its answer is lost. Nobody tells the server: it notices when the round
+    has a deadline at the deadline, else when the answer would have come.
+
     Parameters
     ----------
     transport : carries the messages.
@@ -106,7 +112,7 @@ class Exchange:
 
     Attributes
     ----------
-    num_strays : answers left out because nobody waited for them.
+    deadline_s : when the present round closes whoever is missing, on the run's clock; infinite where it waits.
     """
 
     def __init__(
@@ -130,7 +136,8 @@ class Exchange:
         self._order: OrderedDict[int, None] = OrderedDict()  # not handed on yet, oldest first
         self._ready: dict[int, Arrival] = {}
         self._by_time: list[tuple[float, int]] = []  # heap over _ready
-        self.num_strays = 0
+        self._lost: set[int] = set()  # dispatches whose answers will not arrive
+        self.deadline_s = math.inf
 
     @property
     def is_virtual(self) -> bool:
@@ -225,8 +232,7 @@ class Exchange:
             instruction = make()
             entry = replace(entry, download_bytes=payload_bytes(instruction))
             if self.durations is not None and self.durations.drops_out(entry.partition_id, entry.dispatch):
-                self._settle(entry, Failure(entry.dispatch, entry.partition_id, "the device dropped out"))
-                continue
+                self._lost.add(entry.dispatch)
             self._under_way[entry.dispatch] = (entry, time.monotonic())
             self.transport.send(instruction)
             if not self.is_virtual:  # a client cannot begin before its request was handed over, after all before it
@@ -243,13 +249,16 @@ class Exchange:
             if not self._is_overdue(sent):
                 break
             del self._under_way[entry.dispatch]
-            self._settle(entry, Failure(entry.dispatch, entry.partition_id, f"no answer in {self.reply_timeout_s:g} s"))
+            self._settle(entry, Failure(entry.dispatch, entry.partition_id, self._silence()))
 
     def _receive(self, timeout_s: float) -> list[Report | Failure]:
         answers = self.transport.receive(timeout_s)
         if answers:
             self._last_answer = time.monotonic()
         return answers
+
+    def _silence(self) -> str:
+        return f"no answer in {self.reply_timeout_s:g} s"
 
     def _is_overdue(self, sent: float) -> bool:
         """In simulation requests queue for few workers: one is overdue only when no other was answered meanwhile."""
@@ -260,7 +269,9 @@ class Exchange:
         """Ask beside the ledger and the clock (evaluations); returns the answers in the order asked.
 
         ``take`` is given each answer when it comes, in no order: what it does not return is not held until the last.
+        Of whom nothing comes in time it is given a ``Failure``.
         """
+        clients = {item.dispatch: item.partition_id for item in instructions}
         waiting, asked, answers = deque(instructions), dict[int, float](), dict[int, Taken]()
         while waiting or asked:
             while waiting and len(asked) + len(self._under_way) < max(self.transport.window, len(self._under_way) + 1):
@@ -274,13 +285,13 @@ class Exchange:
                     self._accept(answer)
             for dispatch in [d for d, sent in asked.items() if self._is_overdue(sent)]:
                 del asked[dispatch]
+                answers[dispatch] = take(Failure(dispatch, clients[dispatch], self._silence()))
         return [answers[item.dispatch] for item in instructions if item.dispatch in answers]
 
     def _accept(self, answer: Report | Failure) -> None:
         """Match an answer with the ledger; one to a request not under way is unknown or repeated: nobody waits."""
         entry, _ = self._under_way.pop(answer.dispatch, (None, 0.0))
         if entry is None:  # no row: what nobody asked for must not change the log of a run
-            self.num_strays += 1
             words = "an answer of client %d to request %d is left out: nobody waits for it (unknown, repeated or late)"
             logger.warning(words, answer.partition_id, answer.dispatch)
             return
@@ -292,7 +303,7 @@ class Exchange:
         """Note an answer and when it arrives."""
         upload_bytes = payload_bytes(answer) if isinstance(answer, Report) else 0
         train_macs = answer.train_macs if isinstance(answer, Report) else 0.0
-        if not (math.isfinite(train_macs) and train_macs >= 0):
+        if not 0 <= train_macs <= MAX_MACS:
             train_macs = 0.0  # the strategy rejects such a report; until then it needs a time
         overhead_s = 0.0
         if self.durations is not None:
@@ -300,6 +311,12 @@ class Exchange:
                 entry.partition_id, entry.dispatch, train_macs, entry.download_bytes, upload_bytes, entry.start_s
             )
             finish_s = entry.start_s + duration.update_time_s
+            if entry.dispatch in self._lost:
+                self._lost.remove(entry.dispatch)
+                answer = Failure(entry.dispatch, entry.partition_id, "the device dropped out")
+                if entry.start_s < self.deadline_s < math.inf:
+                    finish_s = self.deadline_s
+                    duration = _within(duration, finish_s - entry.start_s)
         else:
             finish_s = self.now_s
             duration, overhead_s = self._measured(entry, answer, upload_bytes, finish_s - entry.start_s)
@@ -326,3 +343,10 @@ class Exchange:
         share = entry.download_bytes / max(1, num_bytes)
         duration = Duration(transfer_s * share, compute_s, transfer_s * (1 - share))
         return duration, elapsed_s - duration.update_time_s
+
+
+def _within(duration: Duration, seconds: float) -> Duration:
+    """What of an update lies within its first ``seconds``."""
+    download_s = min(duration.download_s, seconds)
+    compute_s = min(duration.compute_s, seconds - download_s)
+    return Duration(download_s, compute_s, min(duration.upload_s, seconds - download_s - compute_s))

@@ -19,6 +19,7 @@ from pruning.bandit import BanditParams, RateAgent, choose_rate, learn, new_agen
 from pruning.importance import UnitScores, score_units
 from pruning.merge import AggregateResult, MaskedMean, residual_mean
 from pruning.select import equal_widths, select_top
+from strategies.answers import ReportError
 from strategies.base import SubModelStrategy
 from strategies.exchange import Arrival
 from strategies.setting import Order
@@ -67,6 +68,13 @@ class FedMP(SubModelStrategy):
             rng = np.random.default_rng((self.seed, server_round, pid))
             self._asked[pid] = choose_rate(self._agent(pid), self.config.bandit, rng)
         return {pid: self.evaluation_order(pid) for pid in clients}
+
+    def vet(self, arrival: Arrival, report: Report) -> None:
+        """A trial is worth what the loss fell by in the time it took: both have to be there."""
+        if "loss" not in report.metrics:
+            raise ReportError("report: metric 'loss' is missing, whose decrease is what a trial is worth")
+        if not arrival.duration.update_time_s > 0:
+            raise ReportError(f"report: its update took {arrival.duration.update_time_s} s, expected a time > 0")
 
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Note the update time, and by how much the client's loss fell since its last answer."""

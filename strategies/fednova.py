@@ -16,7 +16,7 @@ from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.exchange import Entry
 from strategies.levels import ProximalConfig, check_partial_work, prefix_family, prefix_of, proximal_order
-from strategies.normalise import StepTally, scaled
+from strategies.normalise import StepTally, check_steps, scaled
 from strategies.setting import Order
 from wire.flat import refuse
 from wire.message import Report
@@ -52,6 +52,7 @@ class FedNova(SubModelStrategy):
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Add the update scaled to the steps of the round's first."""
         job, held = self.setting.job, report.narrowed or entry.spec
+        check_steps(report, job.train, entry.work_ratio)
         rate = learning_rate(job.train, entry.server_round, job.num_rounds)
         distance = local_distance(job.train, report.num_steps, rate, self.config.mu)
         start = self.present(held)

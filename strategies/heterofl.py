@@ -62,8 +62,8 @@ class HeteroFL(SubModelStrategy):
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Merge only the classifier rows of classes the client has."""
-        narrowed = with_present_classes(entry.spec, report) if self.config.mask_missing_labels else None
-        mean.add(report.state, entry.spec, self.weigh(report, staleness), narrowed=narrowed)
+        part = with_present_classes(entry.spec, report) if self.config.mask_missing_labels else None
+        mean.add(report.state, entry.spec, self.weigh(report, staleness), part=part)
 
     def family(self) -> dict[str, SubModelSpec]:
         """Every level below the full model."""

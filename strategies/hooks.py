@@ -1,7 +1,8 @@
 """What a method decides: the hooks of the event loop, with FedAvg's answers as defaults.
 
 This is all that a new method needs to know of the loop. They are called in this order: ``check`` and ``begin`` once,
-then in every round ``plan``, for each answer ``add`` and ``observe``, ``follow_up``, ``merge``.
+then in every round ``plan``, for each answer ``vet``, ``add`` (which asks ``weigh``) and ``observe``, ``follow_up``,
+``merge``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Hooks:
     has_global_model: ClassVar[bool] = True
     """Whether the merged state is a model to test; if not, clients test what each of them has."""
     needs_barrier: ClassVar[bool] = False
-    """Whether every round waits for everybody it asked: quorums and deadlines make no sense."""
+    """Whether every round waits for everybody it asked: ``start`` refuses quorums and deadlines."""
     sends_deltas: ClassVar[bool] = False
     """Whether answers are differences, even where none is stale and nothing is compressed."""
     needs_versions: bool = False
@@ -76,8 +77,8 @@ class Hooks:
         """What to ask further in the same round, told after the answers to everything asked before; {} closes it."""
         return {}
 
-    def observe(self, arrival: Arrival, report: Report) -> None:
-        """Learn from a valid answer (update times, label counts) before it is weighed."""
+    def vet(self, arrival: Arrival, report: Report) -> None:
+        """Turn away, with a ``ValueError``, an answer that ``add`` or ``observe`` could not use; changes nothing."""
 
     def weigh(self, report: Report, staleness: int) -> float:
         """Weight of an answer in the merge."""
@@ -86,6 +87,9 @@ class Hooks:
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
         """Take one checked answer into the merge; a ``ValueError`` turns the answer away before it changed anything."""
         mean.add(report.state, report.narrowed or entry.spec, self.weigh(report, staleness))
+
+    def observe(self, arrival: Arrival, report: Report) -> None:
+        """Learn from an answer (update times, label counts) that is in the merge; nothing may go wrong any more."""
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Close the round: what the global model becomes."""

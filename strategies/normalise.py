@@ -14,7 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wire.message import State
+from wire.message import Report, State, TrainConfig
+
+SLACK = 2
+"""How many times the steps that were asked for are believed: objectives may batch in their own way."""
 
 
 class NormaliseError(ValueError):
@@ -59,6 +62,16 @@ class StepTally:
     def effective(self) -> float:
         """``tau_eff / a_ref``, what the mean of the scaled updates is multiplied with; 1 for an empty tally."""
         return self.weighted_ratio / self.weight if self.weight else 1.0
+
+
+def check_steps(report: Report, train: TrainConfig, work_ratio: float) -> None:
+    """Raise ``NormaliseError`` for more steps than the request and the client's examples are good for."""
+    num_batches = math.ceil(report.num_examples / train.batch_size)
+    most = SLACK * max(1, math.ceil(work_ratio * train.local_epochs * num_batches))
+    if report.num_steps > most:
+        raise NormaliseError(
+            f"report: num-steps: got {report.num_steps}, expected at most {most} with {report.num_examples} examples"
+        )
 
 
 def scaled(state: State, start: State, trainable: Collection[str], factor: float) -> dict[str, Tensor]:

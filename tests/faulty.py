@@ -39,6 +39,13 @@ def raises(instruction: Instruction) -> Report:
     return handle(instruction)
 
 
+def cannot_test(instruction: Instruction) -> Report:
+    """Train, and raise in every test."""
+    if instruction.action == "evaluate":
+        raise RuntimeError("no test part")
+    return handle(instruction)
+
+
 def dies(instruction: Instruction) -> Report:
     """Take the whole process down."""
     if is_due(instruction):
@@ -77,6 +84,9 @@ def _spoil(kind: str, report: Report) -> Report:
         "wrong-dtype": lambda: _with_state(report, **{key: tensor.to(torch.complex64)}),
         "missing-key": lambda: _with_state(report, **{key: None}),
         "unknown-key": lambda: _with_state(report, stowaway=tensor),
+        "huge": lambda: _with_state(report, **{key: tensor * 0 + 1e30}),
+        "no-examples": lambda: replace(report, num_examples=0),
+        "reserved-metric": lambda: replace(report, metrics={**report.metrics, "event": 1.0, "server_round": 0.5}),
         "nan-loss": lambda: replace(report, metrics={"loss": math.nan}),
         "negative-examples": lambda: replace(report, num_examples=-5),
         "nan-macs": lambda: replace(report, train_macs=math.nan),
@@ -91,6 +101,9 @@ SPOILED = {
     "wrong-dtype": ("rejected", "complex64"),
     "missing-key": ("rejected", "missing entries"),
     "unknown-key": ("rejected", "stowaway"),
+    "huge": ("rejected", "holds numbers up to"),
+    "no-examples": ("rejected", "num-examples: got 0"),
+    "reserved-metric": ("rejected", "metric 'event' has the name of a field of the event log"),
     "nan-loss": ("rejected", "'loss': got nan"),
     "negative-examples": ("rejected", "num-examples: got -5"),
     "nan-macs": ("rejected", "train-macs: got nan"),

@@ -18,6 +18,8 @@ MAX_METRICS = 1000
 MAX_NAME = 200
 MAX_RANK = 8
 MAX_LABELS = 1_000_000
+MAX_MACS = 1e24
+"""Of one request: a thousand years of the fastest device. What is above it is no measurement."""
 WHOLE = ("dispatch", "partition_id", "num_examples", "peak_memory_bytes", "num_steps")
 REAL = ("train_macs", "compute_s", "busy_s")
 YES_OR_NO = ("is_delta", "is_sparse")

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from pruning.spec import SubModelSpec
+from pruning.spec import SpecError, SubModelSpec
 
 
 def spec_to_json(spec: SubModelSpec | None) -> str:
@@ -22,12 +22,24 @@ def spec_to_json(spec: SubModelSpec | None) -> str:
 
 
 def spec_from_json(text: str) -> SubModelSpec | None:
-    """Inverse of ``spec_to_json``."""
+    """Inverse of ``spec_to_json``. Whether it fits a layout is for ``SubModelSpec.check`` to say.
+
+    Raises
+    ------
+    SpecError
+        If the text is not what ``spec_to_json`` writes.
+    """
     if not text:
         return None
-    raw = json.loads(text)
-    kept = {
-        name: np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(bits), dtype=np.uint8))).tolist()
-        for name, bits in raw["kept"].items()
-    }
-    return SubModelSpec.of(kept, raw["depth"])
+    try:
+        raw = json.loads(text)
+        kept = {
+            name: np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(bits), dtype=np.uint8))).tolist()
+            for name, bits in raw["kept"].items()
+        }
+        depth = raw["depth"]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise SpecError(f"spec: {text[:100]!r} holds no bitmaps and depth: {type(error).__name__}: {error}") from error
+    if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool)):
+        raise SpecError(f"spec: depth: got {str(depth)[:100]!r}, expected a whole number or null")
+    return SubModelSpec.of(kept, depth)

@@ -94,15 +94,10 @@ def check_split(setting: Setting, name: str, is_averaged: bool = False) -> None:
     Raises
     ------
     ConfigError
-        If the loop closes rounds early, or weights would be compressed or regularised that never travel.
+        If answers could be stale, or weights would be compressed or regularised that never travel.
     """
     loop, job = setting.loop, setting.job
     for is_wrong, key, why in (
-        (
-            not loop.is_barrier,
-            "loop.quorum, loop.deadline-s",
-            "rounds wait for everybody; set 0",
-        ),
         (
             loop.max_staleness != 0,
             "loop.max-staleness",

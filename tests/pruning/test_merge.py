@@ -197,7 +197,7 @@ def test_a_narrower_spec_merges_only_its_part():
     previous = {k: t.clone() for k, t in model.state_dict().items()}
     sub = {k: t + 1 if t.is_floating_point() else t for k, t in previous.items()}
     mean = MaskedMean(previous, layout)
-    mean.add(sub, FULL, 1.0, narrowed=SubModelSpec.of({"classes": [1, 4]}))
+    mean.add(sub, FULL, 1.0, part=SubModelSpec.of({"classes": [1, 4]}))
     merged = mean.finalize().state
     (axis,) = [a for a in layout.by_name["classes"].axes if a.key.endswith("weight")]
     moved = (merged[axis.key] != previous[axis.key]).any(1).nonzero().flatten().tolist()
@@ -207,7 +207,7 @@ def test_a_narrower_spec_merges_only_its_part():
             extract(previous, layout, SubModelSpec.of({layout.groups[0].name: [0]})),
             SubModelSpec.of({layout.groups[0].name: [0]}),
             1.0,
-            narrowed=FULL,
+            part=FULL,
         )
 
 

@@ -83,7 +83,7 @@ def test_the_factor_bounds_updates_by_the_median_norm_of_the_round():
 
 def test_a_narrowed_answer_counts_where_it_was_narrowed_to():
     mean = RobustMean(ZEROS, LINE, centre="median")
-    mean.add(answer(3, 4, 5, 6), FULL, 1, narrowed=SubModelSpec.of({"units": [1, 3]}))
+    mean.add(answer(3, 4, 5, 6), FULL, 1, part=SubModelSpec.of({"units": [1, 3]}))
     assert merged(mean) == [0, 4, 0, 6]
 
 

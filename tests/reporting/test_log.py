@@ -70,7 +70,7 @@ def test_rounds_that_a_resumed_run_played_again_count_once(make_run: MakeRun, tm
 
 
 def test_null_counts_as_absent_and_unknown_fields_are_ignored(tmp_path: Path) -> None:
-    row = {"event": "arrival", "server_round": 1, "partition_id": 7, "status": "unavailable", "start_s": None, "new": 1}
+    row = {"event": "arrival", "server_round": 1, "partition_id": 7, "status": "failed", "start_s": None, "new": 1}
     log = read_events(write(tmp_path / "events.jsonl", RUN, row))
     assert (log.arrivals[0].finish_s, log.arrivals[0].train_macs) == (None, 0.0)
     assert [client.partition_id for client in log.clients] == [7]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from server_app.config import defaults
-from server_app.launch import Launch, LaunchError, close_event_log, guard, main, plan, run
+from server_app.launch import Launch, LaunchError, close_event_log, guard, has_end, main, plan, run
 from tests.runs import tiny_run
 
 PYPROJECT = """
@@ -238,6 +238,48 @@ def test_a_run_is_completed_only_if_both_the_engine_and_its_log_say_so(
             raise OSError("disk full")
 
     assert run(Launch("", tmp_path, 2, 1, carry_out)) == exit_code
+
+
+@pytest.mark.parametrize("length", [0, 4000, 4096, 100_000])
+def test_an_end_is_seen_however_long_its_reason_is(length: int, tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    rows = [{"event": "merge", "wall_s": 1.0}, {"event": "end", "wall_s": 2.0, "reason": "x" * length}]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    assert not has_end(log)
+    line = json.dumps(rows[1])
+    log.write_text(json.dumps(rows[0]) + "\n" + line)
+    assert not has_end(log), "half a row may be any row"
+    log.write_text(json.dumps(rows[0]) + "\n" + line + "\n")
+    assert has_end(log)
+    log.write_text(line + "\n")
+    assert has_end(log), "a run that failed at once has no other row"
+
+
+def test_an_event_log_that_speaks_of_an_end_has_none_yet(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "warning", "message": '"event": "end"'}) + "\n")
+    assert not has_end(tmp_path / "events.jsonl")
+    assert not has_end(tmp_path / "absent.jsonl")
+
+
+def test_a_run_in_which_every_answer_failed_exits_with_1_however_short_it_is(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(instruction: object) -> None:
+        raise RuntimeError("the battery is empty")
+
+    monkeypatch.setattr("client_app.handler.handle", fails)
+    settings = (
+        "strategy=fedavg",
+        "transport=local",
+        "num-workers=1",
+        "num-rounds=2",
+        "num-clients=3",
+        "model.name=mlp",
+    )
+    assert main(["run", *settings, f"run-dir={tmp_path / 'run'}"]) == 1
+    assert "nothing was merged in the whole run" in capsys.readouterr().err
+    end = read_rows(tmp_path / "run" / "events.jsonl")[-1]
+    assert (end["event"], end["status"]) == ("end", "failed")
 
 
 def test_a_local_run_that_is_interrupted_says_so_in_its_log(tmp_path: Path, capsys) -> None:

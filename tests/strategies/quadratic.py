@@ -101,7 +101,7 @@ def converged(
     """The weight that strategy ``name`` ends at, from 0, with learning rate .2."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    train = TrainConfig(learning_rate=0.2, momentum=momentum, weight_decay=0.0, schedule="constant")
+    train = TrainConfig(batch_size=1, learning_rate=0.2, momentum=momentum, weight_decay=0.0, schedule="constant")
     job = Job(ModelConfig("mlp"), DataConfig(), train, len(parabolas), num_rounds, 0, store_dir="in memory")
     layout = Layout(())
     cost = measure_costs(model, layout, torch.ones(2, 1))

@@ -37,7 +37,8 @@ NUM_MACS = 1e9
 def echo(instruction: Instruction) -> Report:
     """Train nothing, report fixed work: update times become known numbers."""
     state = {k: t * 0 if instruction.wants_delta else t for k, t in instruction.state.items()}
-    return Report(instruction.dispatch, instruction.partition_id, state, 10, (1,) * 10, NUM_MACS)
+    asked = instruction.wants_delta
+    return Report(instruction.dispatch, instruction.partition_id, state, 10, (1,) * 10, NUM_MACS, is_delta=asked)
 
 
 def simulate(
@@ -196,6 +197,66 @@ def test_devices_that_drop_out_are_failures_and_the_round_goes_on():
     assert len(select(rows, "arrival")) == 24
 
 
+class Losing(DurationModel):
+    """The devices of ``simulate``, of which some lose every answer."""
+
+    def __init__(self, *partition_ids: int) -> None:
+        super().__init__(make_fleet("linear:5", 4, seed=0), seed=0, noise=0.0)
+        self.lost = partition_ids
+
+    def drops_out(self, partition_id: int, dispatch_index: int) -> bool:
+        return partition_id in self.lost
+
+
+def test_a_round_with_a_drop_out_is_as_long_as_the_same_round_without():
+    times = device_times()
+    slowest = max(times, key=times.__getitem__)
+    rows = simulate(LoopConfig(), 2, durations=Losing(slowest))
+    assert [row["time_s"] for row in select(rows, "merge")] == pytest.approx([times[slowest], 2 * times[slowest]])
+    (lost, _) = select(rows, "arrival", partition_id=slowest)
+    assert (lost["status"], lost["upload_bytes"]) == ("failed", 0)
+    assert lost["update_time_s"] == pytest.approx(times[slowest]), "nobody tells the server that nothing will come"
+
+
+def test_with_a_deadline_the_server_waits_for_a_device_that_dropped_out_until_then_and_no_longer():
+    times = device_times()
+    fastest, slowest = (pick(times, key=times.__getitem__) for pick in (min, max))
+    for deadline_s in (1.5 * times[slowest], 0.5 * times[slowest]):
+        loop = LoopConfig(deadline_s=deadline_s, max_staleness=9)
+        rows = simulate(loop, 1, durations=Losing(fastest, slowest))
+        assert select(rows, "merge")[0]["time_s"] == pytest.approx(deadline_s)
+        for row in select(rows, "arrival", status="failed"):
+            assert row["finish_s"] == pytest.approx(deadline_s)
+            assert row["update_time_s"] <= deadline_s
+
+
+@pytest.mark.parametrize("num_rounds", [1, 2])
+def test_a_run_in_which_nothing_was_ever_merged_has_failed(num_rounds):
+    def silent(instruction: Instruction) -> Report:
+        raise RuntimeError("no")
+
+    with pytest.raises(RunStoppedError, match=r"nothing was merged in the whole run.*the event log has the reason"):
+        simulate(LoopConfig(), num_rounds, silent)
+
+
+def test_a_run_of_which_some_rounds_were_empty_is_completed():
+    def late_starter(instruction: Instruction) -> Report:
+        if instruction.server_round != 2:
+            raise RuntimeError("no")
+        return echo(instruction)
+
+    assert len(select(simulate(LoopConfig(), 3, late_starter), "merge")) == 1
+
+
+def test_start_refuses_a_loop_that_closes_rounds_early_for_a_method_that_waits_for_everybody():
+    class Waits(FedAvg):
+        needs_barrier = True
+
+    with pytest.raises(ConfigError, match=r"loop\.quorum, loop\.deadline-s: not with strategy 'fedavg'"):
+        simulate(LoopConfig(quorum=2), 1, strategy=Waits)
+    assert select(simulate(LoopConfig(), 1, strategy=Waits), "merge")
+
+
 def test_nobody_answering_stops_the_run():
     def silent(instruction: Instruction) -> Report:
         raise RuntimeError("no")
@@ -343,7 +404,7 @@ def dispatch(exchange: Exchange, partition_id: int) -> int:
     )
 
 
-def test_answers_to_other_requests_and_repeated_ones_are_left_out_counted_and_named(caplog):
+def test_answers_to_other_requests_and_repeated_ones_are_left_out_and_named(caplog):
     transport = Scripted()
     exchange = Exchange(transport, DurationModel(make_fleet("uniform", 4), seed=0, noise=0.0))
     number = dispatch(exchange, 2)
@@ -353,7 +414,7 @@ def test_answers_to_other_requests_and_repeated_ones_are_left_out_counted_and_na
     assert isinstance(arrival, Arrival)
     assert arrival.answer is good
     assert exchange.next_arrival() is None
-    assert exchange.num_strays == len(caplog.messages) == 3
+    assert len(caplog.messages) == 3
     assert caplog.messages[0] == (
         "an answer of client 2 to request 99 is left out: nobody waits for it (unknown, repeated or late)"
     )
