@@ -28,6 +28,7 @@ from reporting.rows import (
     Merge,
     Notice,
     Plan,
+    Resume,
     Row,
     RunInfo,
     build_row,
@@ -60,6 +61,7 @@ class RunLog:
     gates: tuple[Gates, ...] = ()
     plans: tuple[Plan, ...] = ()
     warnings: tuple[Notice, ...] = ()
+    resumes: tuple[Resume, ...] = ()
     end: End | None = None
     problems: tuple[str, ...] = ()
     num_resumes: int = 0
@@ -135,9 +137,10 @@ def read_events(path: str | Path) -> RunLog:
         gates=tuple(found["gates"]),
         plans=tuple(found["plan"]),
         warnings=tuple(found["warning"]),
+        resumes=tuple(found["resume"]),
         end=found["end"][-1] if found["end"] else None,
         problems=tuple(problems),
-        num_resumes=max(num_resumes, len(ends) - 1),
+        num_resumes=max(num_resumes, len(ends) - 1, len(found["resume"])),
         wall_s=sum(ends),
     )
 

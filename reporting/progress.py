@@ -100,6 +100,9 @@ class Progress:
     def _on_warning(self, row: Mapping[str, Any]) -> None:
         self._write_line(f"warning: {row.get('message', '')}")
 
+    def _on_resume(self, row: Mapping[str, Any]) -> None:
+        self._write_line(str(row.get("message", "")))
+
     def _on_end(self, row: Mapping[str, Any]) -> None:
         self._show_merge()
         reason = f": {row['reason']}" if row.get("reason") else ""

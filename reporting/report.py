@@ -163,6 +163,7 @@ def _warnings(log: RunLog) -> list[str]:
         found.append(f"The run {log.status}: {log.end.reason if log.end else ''}")
     if log.num_resumes:
         found.append(f"The run was resumed {log.num_resumes} time(s); real time is that of the rounds kept.")
+        found += [f"It {row.message}." for row in log.resumes]
     found += [
         f"Round {row.server_round}: {row.message}" if row.server_round is not None else row.message
         for row in log.warnings

@@ -198,6 +198,15 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """A ``resume`` row: the run goes on here after ``server_round``, and ``message`` says what was lost."""
+
+    message: str
+    server_round: int | None = None
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class End:
     """The ``end`` row. A log without one belongs to a run that goes on or was killed."""
 
@@ -217,6 +226,7 @@ ROW_CLASSES: dict[str, type[Any]] = {
     "gates": Gates,
     "plan": Plan,
     "warning": Notice,
+    "resume": Resume,
     "end": End,
 }
 """Row class of every event that has one row per line."""

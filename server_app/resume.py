@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,25 @@ def check_settings(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> N
     )
 
 
-def take_over(config: Config, folder: Path) -> tuple[Progress, dict[str, Any], int]:
+@dataclass(frozen=True)
+class Continued:
+    """What a run takes over.
+
+    Attributes
+    ----------
+    progress : of the event loop.
+    own : the method's state.
+    num_rows : rows of the log that were taken over.
+    row : the ``resume`` row: from where it goes on, and what of the earlier run is lost.
+    """
+
+    progress: Progress
+    own: dict[str, Any]
+    num_rows: int
+    row: dict[str, Any]
+
+
+def take_over(config: Config, folder: Path) -> Continued:
     """Continue an earlier run in ``folder``: its progress, the method's state, and the rows of its log up to there.
 
     Raises
@@ -120,10 +140,46 @@ def take_over(config: Config, folder: Path) -> tuple[Progress, dict[str, Any], i
     with (home / "events.jsonl").open("rb") as old, (folder / "events.jsonl").open("wb") as new:
         for _ in range(num_rows):
             new.write(old.readline())
+        row = _resume_row(home, progress, old)
     if (home / LINEAGE).is_file():
         with (folder / LINEAGE).open("a", encoding="utf-8") as file:
             file.write((home / LINEAGE).read_text(encoding="utf-8"))
     for name in ("clients", "versions"):
         if (home / name).is_dir():
             shutil.copytree(home / name, folder / name, dirs_exist_ok=True)
-    return progress, own, num_rows
+    return Continued(progress, own, num_rows, row)
+
+
+def _resume_row(home: Path, progress: Progress, left_out: Iterable[bytes]) -> dict[str, Any]:
+    """What a run says when it goes on; ``left_out``: lines of the earlier log that came after the checkpoint."""
+    last, is_complete = progress.server_round, False
+    for line in left_out:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short when the run was killed
+        last = max(last, row.get("server_round") or 0)
+        is_complete = row["event"] == "end" and row["status"] == "completed"
+    if not is_complete:  # a round's answers are logged when it closes: of the one that was open there is nothing
+        last = max(last, progress.server_round + 1)
+    return {
+        "event": "resume",
+        "source": str(home),
+        "server_round": progress.server_round,
+        "last_round_again": last,
+        "num_held": len(progress.held),
+        "time_s": progress.now_s,
+        "message": _resume_message(home, progress, last),
+    }
+
+
+def _resume_message(home: Path, progress: Progress, last: int) -> str:
+    done, held = progress.server_round, len(progress.held)
+    kept = f"; {held} answers that had come and waited for a later round are kept" if held else ""
+    if last == done:
+        return f"continues {home} after round {done}, its last{kept}"
+    again = f"round {last} is" if last == done + 1 else f"rounds {done + 1} to {last} are"
+    return (
+        f"continues {home} after round {done}: {again} done again, and answers that were under way are lost and asked "
+        f"for again{kept}"
+    )

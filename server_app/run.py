@@ -61,15 +61,16 @@ def run(config: Config, transport: Grid | Transport, show: Callable[[str], None]
     folder = prepare_folder(config)
     resumed = take_over(config, folder) if config.run.resume else None
     terminal = TerminalProgress(config.run.num_rounds)
-    done = (resumed[2], resumed[0].now_s, resumed[0].server_round) if resumed else (0, 0.0, 0)
+    done = (resumed.num_rows, resumed.progress.now_s, resumed.progress.server_round) if resumed else (0, 0.0, 0)
     with EventLog(folder / "events.jsonl", terminal.on_event, *done) as log:
         try:
             strategy, state = build(config, folder, log.write, log)
             initial = [ArrayRecord(state)]
             del state  # the model may be large: handed over, not kept here as well
             if resumed:
-                strategy.progress = resumed[0]
-                strategy.import_state(resumed[1])
+                strategy.progress = resumed.progress
+                strategy.import_state(resumed.own)
+                log.write(resumed.row)
             strategy.start(transport, initial.pop(), config.run.num_rounds)
         except KeyboardInterrupt:
             log.write({"event": "end", "status": "interrupted", "reason": "interrupted by the user", **_where(log)})

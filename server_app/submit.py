@@ -77,7 +77,10 @@ def submit(submission: Submission, app_dir: Path = PROJECT_DIR, show: Callable[[
     """Run, and continue what was cut off; 0 if the run completed in the end, else 1."""
     launch = plan(submission.tokens, is_here=False)
     settings = [token for token in submission.tokens if not token.startswith(("run-dir=", "resume="))]
+    given = next((token.removeprefix("resume=") for token in submission.tokens if token.startswith("resume=")), "")
     folder = launch.run_dir
+    if given:
+        show(f"going on from {given}{_after(Path(given))}")
     for attempt in range(1, submission.num_attempts + 1):
         show(f"run folder: {launch.run_dir}")
         # who restarts a SuperLink is not to lose the run that it was cut off from
@@ -89,12 +92,15 @@ def submit(submission: Submission, app_dir: Path = PROJECT_DIR, show: Callable[[
             show(f"report: {launch.run_dir / 'report.html'}")
             return 0
         print(f"error: the run failed: {reason}", file=sys.stderr)
-        source = _last_checkpoint(folder, attempt)
+        source = _last_checkpoint(folder, attempt) or (Path(given) if given else None)
         if attempt == submission.num_attempts or status == "":
             break
         resume = [f"resume={source}"] if source is not None else []
         following = folder.with_name(f"{folder.name}-{attempt + 1}")
-        show(f"going on from {source}" if source is not None else "nothing was merged yet: starting again")
+        if source is None:
+            show("nothing was merged yet: starting again")
+        else:
+            show(f"going on from {source}{_after(source)}")
         launch = plan([*settings, f"run-dir={following}", *resume], is_here=False)
     return 1
 
@@ -104,6 +110,17 @@ def _last_checkpoint(folder: Path, attempt: int) -> Path | None:
     names = [folder.name, *(f"{folder.name}-{number}" for number in range(2, attempt + 1))]
     found = [folder.with_name(name) for name in names if any(folder.with_name(name).glob("checkpoints/round-*.pt"))]
     return found[-1] if found else None
+
+
+def _after(source: Path) -> str:
+    """After which round of ``source`` a run goes on; empty where that cannot be seen from here."""
+    from server_app.checkpoint import find_checkpoint  # imports torch: not for a usage error
+
+    try:
+        number = int(find_checkpoint(source).stem.removeprefix("round-"))
+    except ValueError:  # none here: it may lie on the machine of the SuperLink
+        return ""
+    return f" after round {number}: what came later is done again"
 
 
 def run_once(connection: str, launch: Launch, app_dir: Path, patience_s: float) -> tuple[str, str]:

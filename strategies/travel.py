@@ -8,7 +8,9 @@ not matter. The rest, the travel time, is engine overhead (polling, queues, the 
 
 Waiting is never negative and often close to zero, so the line that lies below all points and closest to them has the
 link's speed as its slope: the maximum-likelihood fit under exponential waiting, a linear program in two variables
-(Moon, Skelly, Towsley 1999 estimate clock skew in this way). Requests that carry nothing anchor it at zero bytes.
+(Moon, Skelly, Towsley 1999 estimate clock skew in this way). Requests that carry nothing anchor it at zero bytes: they
+are few, sent when a client joins, and where all its messages have one size nothing else tells overhead and link apart.
+So they are kept however many messages follow.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from collections.abc import Sequence
 SURE = 3
 """Messages of a client after which the line is believed; until then its worst empty round trip counts as overhead."""
 WINDOW = 32
-"""Round trips remembered for each client: a link that changes is believed after so many."""
+"""Loaded round trips remembered for each client, and as many empty ones: a link that becomes slower is believed after
+so many messages, one that becomes faster at once."""
 
 
 class TravelModel:
@@ -27,21 +30,21 @@ class TravelModel:
 
     def __init__(self, window: int = WINDOW) -> None:
         self._window = window
-        self._points: dict[int, deque[tuple[float, float]]] = {}
+        self._loaded: dict[int, deque[tuple[float, float]]] = {}
+        self._empty: dict[int, deque[tuple[float, float]]] = {}  # not pushed out by messages
 
     def observe(self, partition_id: int, num_bytes: float, travel_s: float) -> None:
         """Note one round trip of ``num_bytes``, both ways together, that took ``travel_s`` beside the client's work."""
-        points = self._points.setdefault(partition_id, deque(maxlen=self._window))
+        kind = self._loaded if num_bytes > 0 else self._empty
+        points = kind.setdefault(partition_id, deque(maxlen=self._window))
         points.append((float(num_bytes), max(0.0, travel_s)))
 
     def transfer_s(self, partition_id: int, num_bytes: float) -> float:
         """Seconds that ``num_bytes`` need on the client's link; 0 while nothing tells link and overhead apart."""
-        points = list(self._points.get(partition_id, ()))
-        full = [point for point in points if point[0] > 0]
-        if len(full) < SURE:  # one unlucky round trip must not pass for a slow link
-            empty = [y for x, y in points if x == 0]
-            points = [*full, (0.0, max(empty))] if empty else full
-        return num_bytes * line_below(points)[1]
+        loaded, empty = list(self._loaded.get(partition_id, ())), list(self._empty.get(partition_id, ()))
+        if empty and len(loaded) < SURE:  # one unlucky round trip must not pass for a slow link
+            empty = [max(empty)]
+        return num_bytes * line_below([*empty, *loaded])[1]
 
 
 def line_below(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -80,8 +80,11 @@ def select(rows: list[dict[str, Any]], event: str, **where: Any) -> list[dict[st
 
 
 def without_timings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as two equal runs must share them: no wall times, and of the configuration nothing but what is trained."""
-    kept = [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+    """Rows as two equal runs must share them: no wall times, and of the configuration nothing but what is trained.
+
+    That a run was continued is in its log and not in that of the run which was not.
+    """
+    kept = [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows if row["event"] != "resume"]
     for row in kept:
         if row["event"] == "run":
             free = ("num-workers", "transport", "run-dir", "resume", "num-rounds", "reply-timeout-s")

@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,10 @@ OVER_TLS: dict[str, tuple[str, ...]] = {
     "cos2p": ("model.name=resnet8", "data.max-train=120", "cos2p.quorum-ratio=1"),
     "adasplit": ("adasplit.segments=1",),
 }
-"""What the methods of an exchange of their own need beyond ``SMALL``; FedAvg and AdaptCL have tests of their own."""
+"""What the methods of an exchange of their own need beyond ``SMALL``; FedAvg and AdaptCL have tests of their own.
+
+These two run over TLS in every test of the project; without it, FedAvg and AdaptCL do. The other halves are ``long``.
+"""
 
 
 def finish(run, run_dir: Path) -> list[dict[str, Any]]:
@@ -79,13 +84,15 @@ def test_adaptcl_decides_rates_from_measured_times_and_its_folder_goes_on_at_ano
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - {"fedavg", "adaptcl"} - OVER_TLS.keys()))
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - {"fedavg", "adaptcl"}))
 def test_every_other_method_runs_there_too(strategy, plain, tmp_path):
+    """Also those of an exchange of their own, which run over TLS in every test of the project."""
     run_dir = tmp_path / "run"
     capable = {"only-capable.clients": "0,1"} if strategy == "only-capable" else {}  # nobody knows who is
     settings = {**OWN.get(strategy, {}), **capable, "num-rounds": 2, "data.max-train": 80}
     tokens = (f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in settings.items())
-    rows = finish(plain.submit(run_dir, f"strategy={strategy}", *SMALL, *tokens), run_dir)
+    own = OVER_TLS.get(strategy, ())
+    rows = finish(plain.submit(run_dir, f"strategy={strategy}", *SMALL, *tokens, *own), run_dir)
     assert len(select(rows, "merge")) == 2
     assert not select(rows, "arrival", status="failed")
     assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
@@ -185,10 +192,12 @@ def check_continued(failed: Path, following: Path, num_merged: int, said: str) -
     first, second = rows_of(failed), rows_of(following)
     assert first[-1]["event"] == "end"
     assert first[-1]["status"] == "failed"
-    assert f"going on from {failed}" in said
     merges = select(second, "merge")
     kept = [row for row in select(first, "merge") if row in merges]
     assert len(kept) >= num_merged - 1  # the last may have been logged a moment before the kill, and not yet kept
+    row = select(second, "resume")[-1]
+    assert (row["source"], row["server_round"]) == (str(failed), len(kept))
+    assert f"going on from {failed} after round {len(kept)}:" in said
     decided = [row for row in select(first, "decision") if row["server_round"] <= len(kept)]
     assert [row for row in select(second, "decision") if row in decided] == decided
 
@@ -218,6 +227,79 @@ def test_after_the_serverapp_and_then_the_superlink_is_killed_the_run_goes_on_fr
     assert [row["server_round"] for row in select(rows, "merge")] == [1, 2, 3, 4]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", OVER_TLS)
+def test_a_method_of_its_own_exchange_goes_on_from_its_last_merge_too(strategy, plain, tmp_path):
+    run_dir, second = tmp_path / "run", tmp_path / "run-2"
+    tokens = (f"strategy={strategy}", "num-rounds=4", *SMALL, *OVER_TLS[strategy])
+    run = plain.submit(run_dir, *tokens, num_attempts=2)
+    wait_until(lambda: num_kept(run_dir), LIMIT_S, "the first merge", run)
+    for pid in plain.serverapps():
+        os.kill(pid, signal.SIGKILL)
+    rows = finish(run, second)
+    check_continued(run_dir, second, 1, run.text())
+    assert [row["server_round"] for row in select(rows, "merge")] == [1, 2, 3, 4]
+    assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.long
+def test_a_run_that_fills_the_servers_disk_stops_and_says_so_and_goes_on_elsewhere(small_disk, plain, tmp_path):
+    second = tmp_path / "second"
+    tokens = ("strategy=fedavg", "keep-checkpoints=100", *SMALL)
+    run = plain.submit(small_disk, *tokens, "num-rounds=50")
+    assert run.popen.wait(timeout=LIMIT_S) == 1
+    assert "No space left on device" in run.text()
+    before = rows_of(small_disk)
+    assert before[-1]["status"] == "failed"
+    assert "No space left on device" in before[-1]["reason"]
+    num_before = num_kept(small_disk)
+    assert 0 < num_before < 50
+    more = (f"num-rounds={num_before + 2}", f"resume={small_disk}")
+    rows = finish(plain.submit(second, *tokens, *more), second)
+    assert [row["server_round"] for row in select(rows, "merge")] == list(range(1, num_before + 3))
+    assert [row["server_round"] for row in select(rows, "resume")] == [num_before]
+
+
+@pytest.mark.long
+def test_a_node_whose_link_is_cut_for_longer_than_it_counts_as_online_takes_part_again(tmp_path):
+    run_dir = tmp_path / "run"
+    with Federation(tmp_path / "f", 1, poll_s=0.5) as federation:
+        link = Link(federation.port)
+        federation.start_node("n1", 1, PRUNUS_SUPERLINK=f"127.0.0.1:{link.port}")
+        before = federation.node_id("n1")
+        run = federation.submit(run_dir, "strategy=fedavg", "num-rounds=10000", *SMALL)
+        wait_until(lambda: num_kept(run_dir), LIMIT_S, "the first merge", run)
+        link.cut()
+        wait_until(lambda: is_offline(federation, before), LIMIT_S, "the end of the connection", run)
+        alone = num_kept(run_dir) + 2  # the round that was open may still have its answer
+        wait_until(lambda: num_kept(run_dir) >= alone, LIMIT_S, "a round without it", run)
+        link.mend()
+        wait_until(lambda: merged_after(run_dir, 1, alone), LIMIT_S, "its next answer", run)
+        assert federation.node_id("n1") == before
+        link.close()
+    rows = rows_of(run_dir)
+    assert {row["status"] for row in select(rows, "arrival", partition_id=0)} == {"merged"}
+    assert select(rows, "merge", server_round=alone)[0]["num_merged"] == 1
+    load_checkpoint(run_dir)
+
+
+def merged_after(run_dir: Path, partition_id: int, server_round: int) -> bool:
+    """Whether a client's answer was merged in a later round."""
+    found = select(rows_of(run_dir), "arrival", partition_id=partition_id, status="merged")
+    return any(row["server_round"] > server_round for row in found)
+
+
 # --- with TLS and keys ------------------------------------------------------------------------------------------------
 
 
@@ -236,10 +318,10 @@ def test_fedavg_runs_and_the_engines_time_is_no_part_of_the_update_times(secure,
         assert row["upload_bytes"] == row["download_bytes"] > 0
 
 
-@pytest.mark.parametrize("strategy", OVER_TLS)
+@pytest.mark.parametrize("strategy", [*OVER_TLS, pytest.param("adaptcl", marks=pytest.mark.long)])
 def test_a_method_of_its_own_exchange_runs_there(strategy, secure, tmp_path):
     run_dir = tmp_path / "run"
-    tokens = (f"strategy={strategy}", "num-rounds=2", *SMALL, *OVER_TLS[strategy])
+    tokens = (f"strategy={strategy}", "num-rounds=2", *SMALL, *OVER_TLS.get(strategy, ADAPTCL))
     rows = finish(secure.submit(run_dir, *tokens), run_dir)
     assert len(select(rows, "merge")) == 2
     assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
@@ -271,12 +353,25 @@ def is_offline(federation: Federation, node_id: int) -> bool:
     return bool(online_until_s < time.time())
 
 
-def test_a_killed_node_returns_with_its_identity_and_a_revoked_key_never_but_with_a_new_one(secure):
-    before = secure.node_id("n1")
+def test_a_killed_node_returns_to_its_run_with_its_identity_and_a_revoked_key_never_but_with_a_new_one(
+    secure, tmp_path
+):
+    run_dir, before = tmp_path / "run", secure.node_id("n1")
+    run = secure.submit(run_dir, "strategy=fedavg", "num-rounds=10000", *SMALL)
+    wait_until(lambda: num_kept(run_dir), LIMIT_S, "the first merge", run)
     secure.nodes["n1"].kill()
+    killed = num_kept(run_dir) + 1
     wait_until(lambda: is_offline(secure, before), LIMIT_S, "the end of the old connection")  # refused before
     secure.start_node("n1", 1)
     assert secure.node_id("n1") == before
+    wait_until(lambda: merged_after(run_dir, 1, killed), LIMIT_S, "an answer of the node that has returned", run)
+    for pid in secure.serverapps():
+        os.kill(pid, signal.SIGKILL)
+    run.popen.wait(timeout=LIMIT_S)
+    answers = select(rows_of(run_dir), "arrival")
+    assert {row["status"] for row in answers if row["partition_id"] == 0} == {"merged"}
+    assert [row["status"] for row in answers if row["partition_id"] == 1].count("failed") <= 1
+
     secure.script("node-key.sh", "revoke", str(before))
     secure.nodes["n1"].kill()
     node = secure.start_node("n1", 1, is_awaited=False)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from client_app.handler import handle
+from reporting.log import read_events
+from reporting.report import write_report
 from server_app.checkpoint import CheckpointError, load_checkpoint
 from server_app.run import RunFolderError
 from strategies.base import RunStoppedError
@@ -231,6 +233,41 @@ def test_a_resumed_run_without_a_round_of_its_own_ends_where_the_earlier_one_did
     assert [end["num_rounds"] for end in ends] == [2, 2, 2]
     assert ends[1]["time_s"] == ends[0]["time_s"] > 0
     assert ends[2]["time_s"] >= ends[0]["time_s"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "held"), [({}, ""), ({"loop.quorum": 3, "loop.max-staleness": 3}, "; 1 answers that had come")]
+)
+def test_a_resumed_run_says_from_where_it_goes_on_and_what_is_done_again(settings, held, tmp_path, capsys):
+    """In its log, on the terminal and in the report."""
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path / "first", Interruptor(3, KeyboardInterrupt()), strategy="fedavg", **settings)
+    capsys.readouterr()
+    rows = tiny_run(tmp_path / "second", strategy="fedavg", resume=str(tmp_path / "first"), **settings)
+    (row,) = select(rows, "resume")
+    assert (row["server_round"], row["last_round_again"]) == (2, 3)
+    assert row["source"] == str(tmp_path / "first")
+    said = (
+        f"continues {tmp_path / 'first'} after round 2: round 3 is done again, and answers that were under way are lost"
+    )
+    assert row["message"].startswith(said)
+    assert held in row["message"]
+    assert said in capsys.readouterr().err
+    later = next(i for i, other in enumerate(rows) if other.get("server_round") == 3)
+    assert rows.index(row) < later
+    log = read_events(tmp_path / "second")
+    assert log.num_resumes == 1
+    assert said in write_report(tmp_path / "second").read_text()
+
+
+def test_a_run_that_goes_back_or_further_says_which_rounds_are_done_again(tmp_path):
+    tiny_run(tmp_path / "first", strategy="fedavg")
+    path = tmp_path / "first" / "checkpoints" / "round-000001.pt"
+    for name, source, again in (("back", path, "rounds 2 to 4 are done again"), ("on", tmp_path / "first", "its last")):
+        rows = tiny_run(tmp_path / name, strategy="fedavg", num_rounds=5, resume=str(source))
+        assert again in select(rows, "resume")[0]["message"]
+    again = tiny_run(tmp_path / "third", strategy="fedavg", num_rounds=6, resume=str(tmp_path / "back"))
+    assert [row["server_round"] for row in select(again, "resume")] == [1, 5]
 
 
 def test_resuming_needs_a_checkpoint_and_its_log(tmp_path):

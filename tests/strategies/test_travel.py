@@ -68,9 +68,47 @@ def test_one_unlucky_round_trip_does_not_pass_for_a_slow_link_but_a_slow_link_is
 def test_a_link_that_becomes_slower_is_believed_after_a_window():
     model = TravelModel(window=4)
     for speed in (1e6, 1e5):
-        for num_bytes in (0, 1_000_000, 500_000, 1_000_000):
+        for num_bytes in (0, 1_000_000, 500_000, 1_000_000, 500_000):
             model.observe(0, num_bytes, 1 + num_bytes / speed)
     assert model.transfer_s(0, 1e6) == pytest.approx(10)
+
+
+def learned_s(model: TravelModel, num_bytes: float, num_messages: int, speed: float, rng) -> list[float]:
+    """What the model says after each of some equal messages, over a link behind an engine that takes 2 s and polls."""
+    found = []
+    for _ in range(num_messages):
+        model.observe(0, num_bytes, 2 + num_bytes / speed + rng.uniform(0, 0.5))
+        found.append(model.transfer_s(0, num_bytes))
+    return found
+
+
+def test_messages_of_one_size_however_many_never_make_the_link_forgotten():
+    """1 MB over 4 s: only the three probes of the beginning tell the link from the engine."""
+    rng, model = np.random.default_rng(0), TravelModel()
+    for _ in range(3):
+        model.observe(0, 0, 2 + rng.uniform(0, 0.5))
+    found = learned_s(model, 1e6, 100, 0.25e6, rng)
+    assert found[-1] == pytest.approx(4, rel=0.1)
+    assert all(transfer_s > 3 for transfer_s in found)
+
+
+def test_a_link_that_changes_is_followed_through_messages_of_one_size():
+    rng, model = np.random.default_rng(0), TravelModel()
+    for _ in range(3):
+        model.observe(0, 0, 2 + rng.uniform(0, 0.5))
+    learned_s(model, 1e6, 50, 1e6, rng)
+    assert learned_s(model, 1e6, 32, 0.1e6, rng)[-1] == pytest.approx(10, rel=0.1)  # slower: after a window
+    assert learned_s(model, 1e6, 1, 1e6, rng)[-1] == pytest.approx(1, rel=0.5)  # faster: no trip can take too little
+
+
+def test_probes_of_a_client_that_joins_again_count_as_well():
+    """Its engine has become faster: what takes longer than an empty trip of now is the link."""
+    model = TravelModel()
+    for empty_s in (5.0, 5.0, 1.0):
+        model.observe(0, 0, empty_s)
+    for _ in range(40):
+        model.observe(0, 1e6, 3.0)
+    assert model.transfer_s(0, 1e6) == pytest.approx(2)
 
 
 class Wall:
