@@ -4,13 +4,14 @@
     python -m bench.testbed --quick                # two hosts, two rounds, digits
 
 Each SuperNode lives in a network namespace with a CPU quota and a link of its own. AdaptCL must find pruning rates at
-which all are as fast as the fastest; ``adaptcl-regrows`` gives widths back to who has become faster than that; ``adaptcl-plain`` does so, too, without the
-nested objective, under which a client with the smallest sub-model trains one network and everybody else two, so that
-times jump there; ``adaptcl-works`` gives everybody the slowest one's model, lets the others work until that one has
-finished (decision 7), and has a fifth more rounds than FedAvg, which are far shorter. What AdaptCL learned is set
-beside what the simulator predicts for the same fleet: the devices' speeds are taken from FedAvg's measured times, and
-the same run is repeated on the virtual clock. Co-S2P is set beside itself with a quorum of all. Needs root; elsewhere
-it says why not, and measures nothing. ``--delay-s`` and ``--loss-ratio`` need a kernel with ``netem``.
+which all are as fast as the fastest. ``adaptcl-regrows`` gives widths back to who has become faster than that;
+``adaptcl-plain`` does so, too, without the nested objective, under which a client with the smallest sub-model trains
+one network and everybody else two, so that times jump there; ``adaptcl-works`` gives everybody the slowest one's model,
+lets the others work until that one has finished (decision 7), and has a fifth more rounds than FedAvg, which are far
+shorter. What AdaptCL learned is set beside what the simulator predicts for the same fleet: the devices' speeds are
+taken from FedAvg's measured times, and the same run is repeated on the virtual clock. Co-S2P is set beside itself with
+a quorum of all. Needs root; elsewhere it says why not, and measures nothing. ``--delay-s`` and ``--loss-ratio`` need a
+kernel with ``netem``.
 
 While they run, the global model is tested on a thousand images, which is coarse; the last one of each is tested on the
 other nine thousand as well (``accuracy_unseen``).
