@@ -291,7 +291,7 @@ class SubModelStrategy(Hooks, Strategy):
     def _take(self, arrival: Arrival, mean: MaskedMean) -> dict[str, Any]:
         """Check one answer, weigh it, add it to the merge and learn from it; returns its row of the event log.
 
-        Whatever is wrong with an answer turns it away before anything has changed; it never ends the run.
+        Whatever is wrong with an answer turns it away before anything has changed, and never ends the run.
         """
         entry, answer = arrival.entry, arrival.answer
         staleness = self.progress.global_version - entry.global_version
@@ -313,6 +313,8 @@ class SubModelStrategy(Hooks, Strategy):
             report = rebase(report, now, self.loop.step_scale(staleness))
             self.vet(arrival, report)
             self.add(mean, entry, report, staleness)
+        except RunStoppedError:
+            raise
         except FAULTS as error:
             return row("rejected", describe(error))
         self.observe(arrival, report)

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from strategies.closing import RunStoppedError
 from strategies.split.masks import STEPPED, MaskConfig, mask_gradients_, mask_weights, step_, step_logits_
 from wire.message import TrainConfig
 from wire.training import make_saved_optimizer
 from zoo.cut import CutModel
 
 
-class ServerDivergedError(RuntimeError):
-    """The server's loss or its gradient is no number any more."""
+class ServerDivergedError(RunStoppedError):
+    """The server's loss or its gradient is no number any more: no answer's fault, and no answer mends it."""
 
 
 @dataclass
