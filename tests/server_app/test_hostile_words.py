@@ -20,7 +20,7 @@ def hostile(instruction: Instruction) -> Report:
     if instruction.partition_id == 1 and instruction.server_round == 1:
         raise RuntimeError(HOSTILE)
     report = handle(instruction)
-    return replace(report, metrics={**report.metrics, HOSTILE: 0.5, f"{HOSTILE}-2": 1e300})
+    return replace(report, metrics={**report.metrics, HOSTILE: 0.5, f"{HOSTILE}-2": 1e29})
 
 
 @pytest.mark.slow
