@@ -40,6 +40,7 @@ ADAPTCL_COLUMNS = (
     "upload",
     "MACs",
 )
+ADAPTCL_RECORDS = ("adaptcl", "adaptcl_ablations", "adaptcl_small", "adaptcl_cifar10", "adaptcl_vgg11")
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
 COS2P_COLUMNS = ("method", "seeds", "rounds", "base", "best of family", "clients' own", "utilisation", "upload MB")
 BASELINES_COLUMNS = (
@@ -61,7 +62,7 @@ def main() -> None:
     """Rewrite every marked part of the README for which there are results, and docs/benchmarks.md."""
     text = README.read_text(encoding="utf-8")
     parts = {
-        "adaptcl": columns_part(("adaptcl", "adaptcl_small", "adaptcl_cifar10", "adaptcl_vgg11"), ADAPTCL_COLUMNS),
+        "adaptcl": columns_part(ADAPTCL_RECORDS, ADAPTCL_COLUMNS),
         "cos2p": columns_part(("cos2p", "cos2p_cifar10"), COS2P_COLUMNS),
         "adp": columns_part(("adp",), ADP_COLUMNS),
         "baselines": columns_part(("baselines",), BASELINES_COLUMNS),
