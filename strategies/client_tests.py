@@ -91,19 +91,24 @@ def ask_tests(
         waiting = [item.partition_id for item in heard if item.outcome is None]
     if failed:
         warn(_lost_tests(failed, len(clients)))
-    reports = [tests[pid] for pid in clients if pid in tests]
+    row = _means([tests[pid] for pid in clients if pid in tests])
+    if not row:
+        return {}
+    row |= {"download_bytes": download_bytes, "upload_bytes": upload_bytes}
+    return row | ({"failed": {str(pid): reason for pid, reason in sorted(failed.items())}} if failed else {})
+
+
+def _means(reports: Sequence[Report]) -> dict[str, Any]:
+    """Means weighted by examples, and every client's accuracy; empty without any test."""
     total = sum(report.num_examples for report in reports)
     if not total:
         return {}
-    row = {
+    return {
         "accuracy": sum(r.metrics["accuracy"] * r.num_examples for r in reports) / total,
         "loss": sum(r.metrics["loss"] * r.num_examples for r in reports) / total,
         "num_examples": total,
-        "download_bytes": download_bytes,
-        "upload_bytes": upload_bytes,
         "clients": {str(r.partition_id): r.metrics["accuracy"] for r in sorted(reports, key=lambda r: r.partition_id)},
     }
-    return row | ({"failed": {str(pid): reason for pid, reason in sorted(failed.items())}} if failed else {})
 
 
 def _lost_tests(failed: Mapping[int, str], num_asked: int) -> str:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -237,45 +237,42 @@ def test_a_server_with_another_authority_is_no_superlink(folder, gate, superlink
         server.server_close()
 
 
+@contextmanager
+def held_requests(gate, superlink, number: int) -> Iterator[list[http.client.HTTPSConnection]]:
+    """``number`` requests at once that have come through the gate, or as many as it lets; answered when let go."""
+    superlink.held.clear()
+    before = len(superlink.seen)
+    connections = [gate.open() for _ in range(number)]
+    try:
+        for connection in connections:
+            connection.request("POST", "/v1/fleet/hold")
+        deadline = time.monotonic() + LIMIT_S
+        while len(superlink.seen) < before + number and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield connections
+    finally:
+        superlink.held.set()
+        for connection in connections:
+            connection.close()
+
+
 def test_what_one_address_may_ask_at_a_time_follows_the_number_of_its_devices(folder, certificates, superlink):
     """Four requests for each device; who is beyond is told to come again, which Flower does."""
     small = Gate(folder, "small", certificates, superlink.port, PRUNUS_GATE_DEVICES="1")
-    superlink.held.clear()
-    before = len(superlink.seen)
-    waiting = [small.open() for _ in range(4)]
     try:
-        for connection in waiting:
-            connection.request("POST", "/v1/fleet/hold")
-        deadline = time.monotonic() + LIMIT_S
-        while len(superlink.seen) < before + 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert small.ask("/v1/fleet/pull-messages") == 503
-        superlink.held.set()
-        assert [connection.getresponse().status for connection in waiting] == [200] * 4
+        with held_requests(small, superlink, 4) as waiting:
+            assert small.ask("/v1/fleet/pull-messages") == 503
+            superlink.held.set()
+            assert [connection.getresponse().status for connection in waiting] == [200] * 4
     finally:
-        superlink.held.set()
-        for connection in waiting:
-            connection.close()
         small.stop()
 
 
 def test_by_default_the_devices_of_one_router_are_served_at_once(gate, superlink):
     """As when all of them send what they trained: seventy requests that take their time."""
-    superlink.held.clear()
-    before = len(superlink.seen)
-    connections = [gate.open() for _ in range(70)]
-    try:
-        for connection in connections:
-            connection.request("POST", "/v1/fleet/hold")
-        deadline = time.monotonic() + LIMIT_S
-        while len(superlink.seen) < before + len(connections) and time.monotonic() < deadline:
-            time.sleep(0.01)
+    with held_requests(gate, superlink, 70) as connections:
         superlink.held.set()
         assert {connection.getresponse().status for connection in connections} == {200}
-    finally:
-        superlink.held.set()
-        for connection in connections:
-            connection.close()
 
 
 @pytest.mark.slow

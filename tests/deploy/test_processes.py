@@ -7,9 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -244,18 +242,8 @@ def test_a_method_of_its_own_exchange_goes_on_from_its_last_merge_too(strategy, 
     assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("a small file system can be mounted by root only")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.long
+@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
 def test_a_run_that_fills_the_servers_disk_stops_and_says_so_and_goes_on_elsewhere(small_disk, plain, tmp_path):
     second = tmp_path / "second"
     tokens = ("strategy=fedavg", "keep-checkpoints=100", *SMALL)
