@@ -1,8 +1,8 @@
 """Unequal hosts on one machine: a network namespace, a shaped link and a CPU quota for each (Linux, root).
 
 Namespaces are anonymous: each is held by a sleeping process and gone with it, so nothing is left behind, whatever
-happens. Bandwidth is shaped by a token bucket (``tbf``) at both ends of a veth pair; delay and loss need ``netem``,
-which not every kernel has.
+happens. Bandwidth is shaped by a token bucket (``tbf``) at both ends of a veth pair. A link with delay or loss is a
+process that carries its packets (``bench.link``): not every kernel has ``netem``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from pathlib import Path
 CGROUP_V1 = Path("/sys/fs/cgroup/cpu")
 CGROUP_V2 = Path("/sys/fs/cgroup")
 PERIOD_US = 100_000
+BUCKET = ["burst", "32kb", "latency", "400ms"]
 HUB = "10.213"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Host:
     ----------
     cores : share of a core, > 0.
     bytes_per_s : of its link, each way.
-    delay_s, loss_ratio : of its link, each way; need ``netem``.
+    delay_s, loss_ratio : of its link, each way.
     """
 
     cores: float
@@ -71,7 +74,7 @@ def hosts(wanted: Sequence[Host], name: str) -> Iterator[list[list[str]]]:
         run(*_enter(hub), "ip", "link", "set", "lo", "up")
         for index, host in enumerate(wanted):
             node = stack.enter_context(_namespace())
-            _link(hub, node, index, host)
+            stack.enter_context(_link(hub, node, index, host))
             quota = stack.enter_context(_quota(f"{name}-{os.getpid()}-{index}", host.cores))
             prefixes.append(["sh", "-c", f'echo $$ > {quota} && exec "$@"', "sh", *_enter(node)])
         yield prefixes
@@ -84,32 +87,47 @@ def _enter(pid: int) -> list[str]:
 @contextmanager
 def _namespace() -> Iterator[int]:
     """Process id of a sleeper that holds a network namespace of its own."""
-    with subprocess.Popen(
-        ["unshare", "-n", "sh", "-c", "echo ready; exec sleep infinity"], stdout=subprocess.PIPE, text=True
-    ) as sleeper:
+    with _ready(["unshare", "-n", "sh", "-c", "echo ready; exec sleep infinity"]) as pid:
+        yield pid
+
+
+@contextmanager
+def _ready(command: list[str]) -> Iterator[int]:
+    """Process id of a command that has said ``ready``; it is killed at the end."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
-            assert sleeper.stdout is not None
-            if sleeper.stdout.readline().strip() != "ready":
-                raise OSError("unshare -n: no network namespace can be made here")
-            yield sleeper.pid
+            assert process.stdout is not None
+            assert process.stderr is not None
+            if process.stdout.readline().strip() != "ready":
+                raise OSError(f"{' '.join(command)}: {process.stderr.read().strip()}")
+            yield process.pid
         finally:
-            sleeper.kill()
+            process.kill()
 
 
-def _link(hub: int, node: int, index: int, host: Host) -> None:
+@contextmanager
+def _link(hub: int, node: int, index: int, host: Host) -> Iterator[None]:
     near, far = f"pr{index}", "pr"
-    run(*_enter(hub), "ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", node)
-    for pid, device, last in ((hub, near, 1), (node, far, 2)):
-        run(*_enter(pid), "ip", "address", "add", f"{HUB}.{index}.{last}/24", "dev", device)
-        run(*_enter(pid), "ip", "link", "set", device, "up")
-        rate = f"{max(1, int(host.bytes_per_s * 8))}bit"
-        bucket = ["rate", rate, "burst", "32kb", "latency", "400ms"]
+    with ExitStack() as carrier:
         if host.delay_s or host.loss_ratio:
-            shape = ["netem", "delay", f"{host.delay_s * 1e3:g}ms", "loss", f"{host.loss_ratio * 100:g}%", "rate", rate]
-            run(*_enter(pid), "tc", "qdisc", "add", "dev", device, "root", *shape)
+            shape = {
+                "bytes-per-s": host.bytes_per_s,
+                "delay-s": host.delay_s,
+                "loss-ratio": host.loss_ratio,
+                "seed": index,
+            }
+            words = [near, str(node), far, *(f"--{name}={value}" for name, value in shape.items())]
+            carrier.enter_context(_ready([*_enter(hub), sys.executable, "-m", "bench.link", *words]))
         else:
-            run(*_enter(pid), "tc", "qdisc", "add", "dev", device, "root", "tbf", *bucket)
-    run(*_enter(node), "ip", "link", "set", "lo", "up")
+            bits = f"{max(1, int(host.bytes_per_s * 8))}bit"
+            run(*_enter(hub), "ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", node)
+            for pid, device in ((hub, near), (node, far)):
+                run(*_enter(pid), "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", bits, *BUCKET)
+        for pid, device, last in ((hub, near, 1), (node, far, 2)):
+            run(*_enter(pid), "ip", "address", "add", f"{HUB}.{index}.{last}/24", "dev", device)
+            run(*_enter(pid), "ip", "link", "set", device, "up")
+        run(*_enter(node), "ip", "link", "set", "lo", "up")
+        yield
 
 
 @contextmanager

@@ -10,8 +10,8 @@ one network and everybody else two, so that times jump there; ``adaptcl-works`` 
 lets the others work until that one has finished (decision 7), and has a fifth more rounds than FedAvg, which are far
 shorter. What AdaptCL learned is set beside what the simulator predicts for the same fleet: the devices' speeds are
 taken from FedAvg's measured times, and the same run is repeated on the virtual clock. Co-S2P is set beside itself with
-a quorum of all. Needs root; elsewhere it says why not, and measures nothing. ``--delay-s`` and ``--loss-ratio`` need a
-kernel with ``netem``.
+a quorum of all. ``--delay-s`` and ``--loss-ratio`` make the links long and lossy. Needs root; elsewhere it says why
+not, and measures nothing.
 
 While they run, the global model is tested on a thousand images, which is coarse; the last one of each is tested on the
 other nine thousand as well (``accuracy_unseen``).
