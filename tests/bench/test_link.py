@@ -101,6 +101,7 @@ def test_the_share_of_packets_that_is_lost_is_the_one_asked_for_and_the_same_wit
     assert left[0] == left[1] != left[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(why_not(DELAY_S)), reason=why_not(DELAY_S))
 def test_between_two_namespaces_a_round_trip_takes_twice_the_delay_and_both_ways_lose_their_share():
     with (
