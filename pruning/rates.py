@@ -190,11 +190,16 @@ def fill_time(work_ratio: float, update_time_s: float, target_s: float, max_work
 
 
 def _with_work(client: ClientRate, phi: float, target_s: float, params: RateParams) -> ClientRate:
-    """The client with the work that fits its time; changes within the dead band are not made."""
+    """The client with the work that fits its time; changes within the dead band are not made.
+
+    But a client that works only a little longer and has become slow goes back to plain work: until then it is not
+    pruned.
+    """
     if params.spare_time == "idle":
         return client
     work_ratio = fill_time(client.work_ratio, phi, target_s, params.max_work_ratio)
-    if abs(work_ratio / client.work_ratio - 1) <= params.dead_band:
+    is_given_up = work_ratio == 1 < client.work_ratio and phi > (1 + params.dead_band) * target_s
+    if abs(work_ratio / client.work_ratio - 1) <= params.dead_band and not is_given_up:
         return client
     return replace(client, work_ratio=work_ratio, times_s=())
 

@@ -221,6 +221,21 @@ def test_only_a_client_whose_ratio_is_settled_works_longer():
     assert (updated[2].retention_ratio, updated[2].work_ratio) == (1.0, 2.0)
 
 
+@pytest.mark.parametrize("work_ratio", [1.04, 1.5])
+def test_a_client_that_worked_longer_and_becomes_slow_is_pruned_however_little_longer_it_worked(work_ratio):
+    params = RateParams(spare_time="work")
+    state = {0: ClientRate(times_s=(1.0,) * 3), 1: ClientRate(0.5, (4.0,) * 3, work_ratio=work_ratio)}
+    state = update_rates(state, params)[0]
+    assert state[1].work_ratio == 1
+    state = {**state, 1: replace(state[1], times_s=(4.0,) * 3)}
+    assert update_rates(state, params)[1].changed == (1,)
+
+
+def test_a_little_more_work_within_the_dead_band_stays():
+    state = {0: ClientRate(times_s=(1.0,) * 3), 1: ClientRate(0.5, (1.045,) * 3, work_ratio=1.04)}
+    assert update_rates(state, RateParams(spare_time="work"))[0] == state
+
+
 def test_a_time_of_another_amount_of_work_is_left_out():
     state = {0: ClientRate(0.2, (1.0,), work_ratio=2.0)}
     assert record_time(state, 0, 9.0, work_ratio=1.0)[0].times_s == (1.0,)
