@@ -176,8 +176,9 @@ class AdaptCL(SubModelStrategy):
             self.warn(
                 server_round,
                 f"client {pid} stays slower than the target ({decision.update_times_s[pid]:.3g} s, target "
-                f"{decision.target_s:.3g} s) at the floor of {self.config.rates.min_retention_ratio:g}; part of its "
-                "update time does not shrink with the model, or min-retention-ratio is too high",
+                f"{decision.target_s:.3g} s) at the floor of {params.min_retention_ratio:.3g}, the smallest that "
+                "min-retention-ratio and round-to allow; part of its update time does not shrink with the model, or "
+                "they are too high",
             )
         self._log(server_round, decision)
 

@@ -325,6 +325,17 @@ def test_the_core_lies_inside_the_sub_model_of_who_joins_after_all_others_have_g
     assert all(core.is_subset_of(order.spec, strategy.layout) for order in orders.values())
 
 
+def test_the_warning_names_the_floor_that_rounding_leaves():
+    """Widths in multiples of more than there are units: nothing can be left out."""
+    strategy = with_an_order(AdaptCLConfig(round_to=1000))
+    warned: list[str] = []
+    strategy.listen = lambda row: warned.append(row.get("message", ""))
+    strategy._rates = {0: ClientRate(1.0, (1.0,) * 3), 1: ClientRate(1.0, (4.0,) * 3)}
+    strategy._decide(3)
+    assert strategy._rates[1].retention_ratio == 1
+    assert any("client 1 stays slower" in line and "at the floor of 1, " in line for line in warned)
+
+
 def test_its_state_survives_a_checkpoint():
     first, second = with_an_order(), with_an_order()
     first._rates = {2: ClientRate(0.3, (1.0, 2.5), ((4.0, 1.0), (3.0, 0.5)), True), 0: ClientRate()}
