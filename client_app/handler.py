@@ -215,7 +215,8 @@ def compress(
     residual: dict[str, Tensor] = {}
     if memory:
         before = SubModelSpec(tuple((n, tuple(u)) for n, u in memory["kept"]), memory["depth"])
-        blank = {k: torch.zeros(t.shape) for k, t in full.state_dict().items() if t.dim() > 1}
+        shapes = {k: t.shape for k, t in full.state_dict().items() if t.dim() > 1 and t.is_floating_point()}
+        blank = {key: torch.zeros(shape) for key, shape in shapes.items()}  # of what is compressed, no more
         velocity, residual = (
             extract(embed(memory[name], layout, before, blank)[0], layout, spec) if before != spec else memory[name]
             for name in ("velocity", "residual")

@@ -150,7 +150,8 @@ def update_rates(
     numbers, often of eights; a learner that believes in the ratio it asked for runs after its own rounding.
 
     The reference is the fastest client *that is still unpruned*: with the minimum over all, timing noise and one-way
-    pruning would ratchet everybody down. When growing it is the slowest client that is still at the floor.
+    pruning would ratchet everybody down. When growing it is the slowest client that is still at the
+    floor and has been timed often enough.
     """
     timed = {pid: client for pid, client in sorted(state.items()) if client.times_s}
     if not timed:
@@ -190,11 +191,16 @@ def fill_time(work_ratio: float, update_time_s: float, target_s: float, max_work
 
 
 def _with_work(client: ClientRate, phi: float, target_s: float, params: RateParams) -> ClientRate:
-    """The client with the work that fits its time; changes within the dead band are not made."""
+    """The client with the work that fits its time; changes within the dead band are not made.
+
+    But a client that works only a little longer and has become slow goes back to plain work: until then it is not
+    pruned.
+    """
     if params.spare_time == "idle":
         return client
     work_ratio = fill_time(client.work_ratio, phi, target_s, params.max_work_ratio)
-    if abs(work_ratio / client.work_ratio - 1) <= params.dead_band:
+    is_given_up = work_ratio == 1 < client.work_ratio and phi > (1 + params.dead_band) * target_s
+    if abs(work_ratio / client.work_ratio - 1) <= params.dead_band and not is_given_up:
         return client
     return replace(client, work_ratio=work_ratio, times_s=())
 
@@ -203,7 +209,9 @@ def _reference(timed: RateState, params: RateParams) -> int:
     timed = {pid: client for pid, client in timed.items() if client.work_ratio == 1} or timed
     if params.direction != "prune":
         floored = [pid for pid, client in timed.items() if client.retention_ratio <= params.min_retention_ratio]
-        return max(floored or timed, key=lambda pid: (timed[pid].update_time_s, -pid))
+        # One round, the first and so with all it allocates, must not pass for the slowest device's.
+        sure = [pid for pid in floored if len(timed[pid].times_s) >= params.min_timed_rounds]
+        return max(sure or floored or timed, key=lambda pid: (timed[pid].update_time_s, -pid))
     unpruned = [pid for pid, client in timed.items() if client.retention_ratio >= 1.0]
     return min(unpruned or timed, key=lambda pid: (timed[pid].update_time_s, pid))
 

@@ -114,8 +114,8 @@ class AdaptCL(SubModelStrategy):
         }
         if self.config.local_objective == "plain" or self._scores is None or not self.config.identical:
             return orders
-        ratios = [client.retention_ratio for client in self._rates.values()]
-        core = self._family_of(0).member(min(ratios, default=self._first_ratio(0)))
+        # Who is asked for the first time may hold less than anybody heard of; the core lies inside every sub-model.
+        core = self._family_of(0).member(min(map(self._ratio_of, {*self._rates, *clients}), default=1.0))
         settings = {"core": spec_to_json(core)}
         return {pid: replace(order, objective="nested", settings=settings) for pid, order in orders.items()}
 
@@ -128,8 +128,13 @@ class AdaptCL(SubModelStrategy):
         self._rates = self._with_time(arrival)
 
     def _with_time(self, arrival: Arrival) -> RateState:
+        """What is known with this answer's time; one of another sub-model than its client has now says nothing.
+
+        Where rounds do not wait for everybody, who was asked before a decision answers after it.
+        """
         pid, time_s = arrival.entry.partition_id, arrival.duration.update_time_s
-        return record_time(self._rates, pid, time_s, self._first_ratio(pid), arrival.entry.work_ratio)
+        rates = record_time(self._rates, pid, time_s, self._first_ratio(pid), arrival.entry.work_ratio)
+        return rates if arrival.entry.spec == self._spec_of(pid) else self._rates
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Under the configured aggregation."""
@@ -152,8 +157,13 @@ class AdaptCL(SubModelStrategy):
             return {}
         return {f"{ratio:.2f}": self._family_of(0).member(ratio) for ratio in ratios if ratio < 1}
 
+    def _ratio_of(self, partition_id: int) -> float:
+        """Retention ratio in force; of a client never heard of, the one that everybody starts at."""
+        known = self._rates.get(partition_id)
+        return self._first_ratio(partition_id) if known is None else known.retention_ratio
+
     def _spec_of(self, partition_id: int) -> SubModelSpec:
-        ratio = self._rates.get(partition_id, ClientRate(self._first_ratio(partition_id))).retention_ratio
+        ratio = self._ratio_of(partition_id)
         return SubModelSpec() if ratio >= 1 or self._scores is None else self._family_of(partition_id).member(ratio)
 
     def _decide(self, server_round: int) -> None:
@@ -166,8 +176,9 @@ class AdaptCL(SubModelStrategy):
             self.warn(
                 server_round,
                 f"client {pid} stays slower than the target ({decision.update_times_s[pid]:.3g} s, target "
-                f"{decision.target_s:.3g} s) at the floor of {self.config.rates.min_retention_ratio:g}; part of its "
-                "update time does not shrink with the model, or min-retention-ratio is too high",
+                f"{decision.target_s:.3g} s) at the floor of {params.min_retention_ratio:.3g}, the smallest that "
+                "min-retention-ratio and round-to allow; part of its update time does not shrink with the model, or "
+                "they are too high",
             )
         self._log(server_round, decision)
 

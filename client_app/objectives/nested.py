@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from client_app.objectives.base import Objective, Task, last_logits
+from client_app.objectives.base import Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import divergence
 from client_app.objectives.inner import InnerNetwork
+from pruning.spec import SubModelSpec
 from wire.spec import spec_from_json
 
 
@@ -18,9 +19,15 @@ def nested(task: Task) -> Objective:
     The core's weights are the sub-model's own, so that it stays a network of its own, and what lies around it is
     learned as an addition to it (universally slimmable networks and in-place distillation: Yu and Huang 2019).
     Settings: ``core``, a spec as JSON; ``temperature``.
+
+    Raises
+    ------
+    ObjectiveError
+        If the core is not part of the client's sub-model.
     """
-    core_spec = spec_from_json(str(task.settings["core"]))
-    assert core_spec is not None
+    core_spec = spec_from_json(str(task.settings["core"])) or SubModelSpec()
+    if not core_spec.is_subset_of(task.spec, task.layout):  # other entries would be taken for the core's
+        raise ObjectiveError("objective: core: it is not part of the sub-model that was sent")
     if task.spec == core_spec:
         return cross_entropy(task)
     temperature = float(task.settings.get("temperature", 3.0))

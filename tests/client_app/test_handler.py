@@ -12,16 +12,17 @@ from torch import nn
 from client_app.batches import batches, flip_shift, local_batches
 from client_app.data import Examples, client_examples, load_images, partitions
 from client_app.evaluation import evaluate, reestimate_batch_norm
-from client_app.handler import MemoryMeter, TrainingError, handle, learning_rate
+from client_app.handler import MemoryMeter, TrainingError, compress, handle, learning_rate
 from client_app.site import Site, SiteError
 from client_app.store import ClientStore
 from pruning.compress import densify
 from pruning.cost import measure_costs
 from pruning.extract import extract
+from pruning.groups import Axis, Group, Layout
 from pruning.select import equal_widths, select_prefix
 from pruning.spec import SubModelSpec
 from tests.runs import tiny_run
-from wire.message import CompressionConfig, DataConfig, Instruction, Report, TrainConfig
+from wire.message import CompressionConfig, DataConfig, Instruction, Job, ModelConfig, Report, TrainConfig
 from wire.training import make_optimizer, optimizer_slots
 from zoo import get_model
 
@@ -273,6 +274,20 @@ def test_memories_follow_their_units_when_the_sub_model_changes(make_instruction
     expected = carried[torch.arange(100)[:, None], torch.arange(50, 150)] + step.state["blocks.1.linear.weight"]
     assert torch.allclose(sent + new, expected, atol=1e-7)
     assert layout.by_name["hidden0"].size == 200
+
+
+def test_memories_follow_their_units_past_a_buffer_of_integers():
+    """Swin's table of relative positions has two axes, and is sent whole."""
+    full = nn.Linear(3, 2, bias=False)
+    full.register_buffer("index", torch.arange(4).reshape(2, 2))
+    layout = Layout((Group("inputs", 3, (Axis("weight", 1),)),))
+    job = Job(ModelConfig(), DataConfig(), TrainConfig(), 1, 1, 0, CompressionConfig("dgc", 0.01))
+    delta = {"weight": torch.tensor([[3.0, 1.0], [0.5, 2.0]]), "index": full.index}
+    _, memory = compress(delta, {}, job, SubModelSpec.of({"inputs": [0, 1]}), layout, full)
+    delta["weight"] = torch.zeros(2, 2)
+    sparse, memory = compress(delta, memory, job, SubModelSpec.of({"inputs": [1, 2]}), layout, full)
+    assert densify(sparse, delta)["weight"].tolist() == [[0, 0], [2, 0]]
+    assert memory["residual"]["weight"].tolist() == [[1, 0], [0, 0]]
 
 
 def test_the_memory_of_a_lost_answer_is_not_used(make_instruction, tmp_path):

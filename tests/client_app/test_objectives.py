@@ -191,3 +191,9 @@ def test_corrections_wrap_the_base_in_the_order_of_the_name(monkeypatch):
 def test_an_unknown_correction_names_the_nearest():
     with pytest.raises(ObjectiveError, match=r"correction 'sparce' is not known here.*did you mean 'sparse'\?"):
         loss_of(task_of(), "cross-entropy+sparce")
+
+
+def test_a_core_that_reaches_beyond_the_sub_model_is_refused():
+    task, _ = nested_task({"stage1": [0, 5]})
+    with pytest.raises(ObjectiveError, match="core: it is not part of the sub-model"):
+        make_objective("nested", replace(task, spec=SubModelSpec.of({"stage1": [0, 1, 2]})))

@@ -176,6 +176,18 @@ def test_growing_aligns_everybody_with_the_slowest_at_the_floor():
     assert total < 1.1 * 40  # never longer than the slowest at the floor would take, noise aside
 
 
+def test_who_joins_late_does_not_set_the_pace_with_a_first_round_alone():
+    """Growing waits for the slowest: a cold start would make everybody grow too far."""
+    params = RateParams(direction="grow", min_retention_ratio=0.2, min_timed_rounds=2)
+    state = {0: ClientRate(0.2, (5.0,) * 3), 1: ClientRate(0.2, (9.0,)), 2: ClientRate(0.2, (2.0,) * 3)}
+    updated, decision = update_rates(state, params)
+    assert (decision.reference, decision.target_s) == (0, 5.0)
+    assert updated[2].retention_ratio == pytest.approx(0.5)
+    state = {**state, 1: ClientRate(0.2, (9.0, 6.0))}
+    assert update_rates(state, params)[1].reference == 1
+    assert update_rates({1: state[1]}, replace(params, min_timed_rounds=9))[1].reference == 1
+
+
 def work_out(fixed, num_rounds=20, noise=0.0, params=WORK, sigma=5):
     """Ten held clients whose update times are base * (fixed + (1 - fixed) * work); returns work ratios and times."""
     rng, base, state = np.random.default_rng(0), np.linspace(1, sigma, 10), {}
@@ -219,6 +231,21 @@ def test_only_a_client_whose_ratio_is_settled_works_longer():
     assert updated[1].retention_ratio > 0.2
     assert updated[1].work_ratio == 1
     assert (updated[2].retention_ratio, updated[2].work_ratio) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("work_ratio", [1.04, 1.5])
+def test_a_client_that_worked_longer_and_becomes_slow_is_pruned_however_little_longer_it_worked(work_ratio):
+    params = RateParams(spare_time="work")
+    state = {0: ClientRate(times_s=(1.0,) * 3), 1: ClientRate(0.5, (4.0,) * 3, work_ratio=work_ratio)}
+    state = update_rates(state, params)[0]
+    assert state[1].work_ratio == 1
+    state = {**state, 1: replace(state[1], times_s=(4.0,) * 3)}
+    assert update_rates(state, params)[1].changed == (1,)
+
+
+def test_a_little_more_work_within_the_dead_band_stays():
+    state = {0: ClientRate(times_s=(1.0,) * 3), 1: ClientRate(0.5, (1.045,) * 3, work_ratio=1.04)}
+    assert update_rates(state, RateParams(spare_time="work"))[0] == state
 
 
 def test_a_time_of_another_amount_of_work_is_left_out():

@@ -15,12 +15,14 @@ from client_app.handler import handle
 from client_app.model import build_model
 from client_app.objectives.base import Task
 from client_app.objectives.sparsity import sparsity_penalty
+from fleet.clock import Duration
 from pruning.cost import measure_costs
 from pruning.extract import embed
-from pruning.rates import ClientRate
+from pruning.rates import ClientRate, RateParams
 from pruning.spec import FULL, SubModelSpec
 from strategies import AdaptCL
 from strategies.adaptcl import AdaptCLConfig
+from strategies.exchange import Arrival, Entry
 from strategies.setting import Order, Progress, Setting
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
@@ -29,6 +31,8 @@ from wire.spec import spec_from_json
 from zoo import get_model
 
 ADAPTCL: dict[str, Any] = {"strategy": "adaptcl", "num-rounds": 8, "adaptcl.pruning-interval": 2, "adaptcl.round-to": 1}
+BLANK = torch.zeros(2, 1, 8, 8)
+"""A batch of digits, for what depends on shapes only."""
 
 
 def run_with_specs(folder: Path, **settings: Any) -> tuple[list[dict[str, Any]], dict[int, dict[int, SubModelSpec]]]:
@@ -287,13 +291,55 @@ def test_a_decision_costs_less_than_a_hundredth_of_a_round_of_the_default_model(
     assert (time.process_time() - began) / 5 < 0.01 * round_s
 
 
-def test_its_state_survives_a_checkpoint(plain):
+def with_an_order(config: AdaptCLConfig | None = None) -> AdaptCL:
+    """AdaptCL on the multilayer perceptron, with units already ranked."""
     model, layout = get_model("mlp", 10, 1, 8)
     job = Job(ModelConfig("mlp"), DataConfig(), TrainConfig(), 4, 9, 0)
-    cost = measure_costs(model, layout, torch.zeros(2, 1, 8, 8))
-    first, second = (AdaptCL(AdaptCLConfig(), Setting(job, layout, cost)) for _ in range(2))
+    strategy = AdaptCL(config or AdaptCLConfig(), Setting(job, layout, measure_costs(model, layout, BLANK)))
+    strategy._scores = {g.name: np.random.default_rng(0).random(g.size) for g in layout.prunable}
+    return strategy
+
+
+def test_a_time_of_a_sub_model_that_a_client_had_before_a_decision_is_left_out():
+    """Rounds that do not wait for everybody: what was asked before the cut arrives after it."""
+    strategy = with_an_order()
+    strategy._rates = {3: ClientRate(0.5, (), ((8.0, 1.0),))}
+    report = Report(0, 3, {}, 10, (10,))
+
+    def answer(spec: SubModelSpec, update_time_s: float) -> None:
+        arrival = Arrival(Entry(0, 3, 1, 0, spec, 0.0, 0), report, Duration(0.0, update_time_s, 0.0), 9.0)
+        strategy.vet(arrival, report)
+        strategy.observe(arrival, report)
+
+    answer(FULL, 8.0)
+    assert strategy._rates[3].times_s == ()
+    answer(strategy.evaluation_order(3).spec, 4.0)
+    assert strategy._rates[3].times_s == (4.0,)
+
+
+def test_the_core_lies_inside_the_sub_model_of_who_joins_after_all_others_have_grown():
+    strategy = with_an_order(AdaptCLConfig(rates=RateParams(direction="grow"), order="refreshed"))
+    strategy._rates = {0: ClientRate(0.6, (1.0,)), 1: ClientRate(0.8, (1.0,))}
+    orders = strategy.plan(2, [0, 1, 2])
+    core = spec_from_json(str(orders[2].settings["core"]))
+    assert all(core.is_subset_of(order.spec, strategy.layout) for order in orders.values())
+
+
+def test_the_warning_names_the_floor_that_rounding_leaves():
+    """Widths in multiples of more than there are units: nothing can be left out."""
+    strategy = with_an_order(AdaptCLConfig(round_to=1000))
+    warned: list[str] = []
+    strategy.listen = lambda row: warned.append(row.get("message", ""))
+    strategy._rates = {0: ClientRate(1.0, (1.0,) * 3), 1: ClientRate(1.0, (4.0,) * 3)}
+    strategy._decide(3)
+    assert strategy._rates[1].retention_ratio == 1
+    assert any("client 1 stays slower" in line and "at the floor of 1, " in line for line in warned)
+
+
+def test_its_state_survives_a_checkpoint():
+    first, second = with_an_order(), with_an_order()
     first._rates = {2: ClientRate(0.3, (1.0, 2.5), ((4.0, 1.0), (3.0, 0.5)), True), 0: ClientRate()}
-    first._scores = {g.name: np.random.default_rng(0).random(g.size) for g in layout.prunable}
+    second._scores = None
     second.import_state(first.export_state())
     assert second._rates == first._rates
     assert second.evaluation_order(2) == first.evaluation_order(2) != Order()
