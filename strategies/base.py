@@ -221,7 +221,7 @@ class SubModelStrategy(Hooks, Strategy):
         if merged is not None and not all(map(is_finite, merged.state.values())):
             self.warn(server_round, "the merge overflowed to infinity and was discarded; lower the learning rate")
             merged = None
-        if merged is None:
+        if merged is None or not merged.num_merged:  # or a conversation of several answers that nobody finished
             self.warn(server_round, "no usable answer in this round")
             return 0
         progress.state = merged.state

@@ -129,7 +129,8 @@ class CoS2P(SubModelStrategy):
         super().__init__(*arguments, **keywords)
         num_clients = self.setting.job.num_clients
         if self.loop.quorum == 0 and self.config.quorum_ratio:
-            self.loop = replace(self.loop, quorum=max(1, ceil(self.config.quorum_ratio * num_clients)))
+            quorum = ceil(self.config.quorum_ratio * num_clients - 1e-9)  # .55 of 100 is 55, and 55.00000000000001
+            self.loop = replace(self.loop, quorum=max(1, quorum))
         if not self.loop.is_barrier:
             self.loop = replace(self.loop, max_staleness=self.loop.max_staleness or self.config.max_staleness)
         self.needs_versions = self.config.client_weight == "co-s2p" and self.loop.max_staleness != 0
@@ -161,6 +162,12 @@ class CoS2P(SubModelStrategy):
                 self.loop.client_weight != "examples",
                 f"loop.client-weight={self.loop.client_weight} with cos2p.client-weight={self.config.client_weight}",
                 "one rule says what an answer weighs; set cos2p.client-weight=samples to use the loop's",
+            )
+            refuse(
+                self.loop.staleness != "constant" and self.loop.staleness_scales == "weight",
+                f"loop.staleness={self.loop.staleness} with cos2p.client-weight={self.config.client_weight}",
+                "one rule says what an answer weighs; set cos2p.client-weight=samples to use the loop's, or "
+                "loop.staleness-scales=step to scale its step",
             )
         deepest = max(capability.depth for capability in self._capabilities)
         if deepest == self._full_depth:
@@ -319,10 +326,10 @@ class CoS2P(SubModelStrategy):
         if not self.config.rotate_coverage:
             return None
         num_clients, version = self.setting.job.num_clients, self.progress.global_version
-        patience = ceil(num_clients / self.loop.quorum) if self.loop.quorum else 1
+        patience = ceil(num_clients / self._answers_a_merge())
         last = max(self._turns.values(), default=-patience)
         wanted, depth = self._coverage.starved(version - patience)
-        if not depth or version < patience or version < last + patience:
+        if not (wanted or depth) or version < patience or version < last + patience:
             return None
         able = {p for p in range(num_clients) if depth <= self._capabilities[p].depth or p in self._tall}
         if len(able) > 1 and version < last + 2 * patience:
@@ -336,6 +343,15 @@ class CoS2P(SubModelStrategy):
         capability = own if depth <= own.depth else self._tall[pid]
         mask = self._masks.get(pid, SubModelSpec())
         return pid, covering_spec(self.layout, self._groups, capability, mask, wanted)
+
+    def _answers_a_merge(self) -> float:
+        """How many clients a merge hears: of rounds that only a deadline closes, as many as it was so far."""
+        loop, num_clients = self.loop, self.setting.job.num_clients
+        if loop.quorum:
+            return loop.quorum
+        if loop.is_barrier:
+            return min(bound or num_clients for bound in (loop.clients_per_round, loop.concurrency))
+        return self.progress.num_merged / max(1, self.progress.global_version) or num_clients
 
     # --- merging -----------------------------------------------------------------------------------------------------
 

@@ -134,9 +134,10 @@ class MaskPhase:
     """Scores trained with the weights frozen. Loss: CE(deepest exit) + lambda |mean(gates) - width rate|.
 
     Trained beside the scores, and forgotten afterwards: normalisation, class token and positions (whatever belongs to
-    no linear layer or convolution) and the deepest head. All that ``train.*`` says of batches and steps holds for them:
-    optimiser, learning rate, label smoothing, augmentation, and ``max-grad-norm``, over their gradients. Scores have an
-    optimiser and a rate of their own, whose steps are as long whatever the gradient's norm: they are not clipped.
+    no linear layer, convolution or attention) and the deepest head. What ``train.*`` says of batches and steps holds
+    for them: optimiser, learning rate, label smoothing, augmentation, and ``max-grad-norm``, over their gradients.
+    Scores have an optimiser and a rate of their own, whose steps are as long whatever the gradient's norm: they are not
+    clipped.
 
     Parameters
     ----------
@@ -243,8 +244,12 @@ def _first_scores(task: Task, groups: tuple[Group, ...], rate: float, device: to
 
 
 def freeze(model: nn.Module) -> list[nn.Parameter]:
-    """Freeze all but what belongs to no linear layer or convolution, and the deepest head; return that."""
-    found = [p for m in model.modules() if not isinstance(m, READERS) for p in m.parameters(recurse=False)]
+    """Freeze all but what belongs to no linear layer, convolution or attention, and the deepest head; return that.
+
+    PyTorch's attention holds the weights of its query, key and value layers itself.
+    """
+    frozen = (*READERS, nn.MultiheadAttention)
+    found = [p for m in model.modules() if not isinstance(m, frozen) for p in m.parameters(recurse=False)]
     heads = getattr(model, "heads", None)
     last = list(heads[-1].parameters()) if isinstance(heads, nn.ModuleList) and len(heads) else []
     trained = [*found, *(p for p in last if all(p is not other for other in found))]

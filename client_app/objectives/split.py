@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client_app.data import Examples
+from client_app.meter import MemoryMeter
 from client_app.objectives.base import CostOf, Findings, Fitted, Objective, ObjectiveError, Task
 from client_app.objectives.half import Half, plan_of
 from client_app.objectives.ntxent import has_positive_pair, nt_xent
@@ -99,6 +100,8 @@ class _Worker:
     def __init__(self, task: Task, has_own_loss: bool) -> None:
         self.task, self.has_own_loss, self.settings = task, has_own_loss, task.settings
         self.half = _half(task, task.examples)
+        trained = [self.half.part, *([self.half.head] if has_own_loss else [])]
+        self.meter = MemoryMeter(nn.ModuleList(trained), optimizer_slots(task.train))
         self.uploaded = _Uploaded()
         self.losses: list[float] = []  # of the client's own: what stands for the server's gradient is none
         self.macs, self.num_seen, self.num_steps, self.num_left = 0.0, 0, 0, 0
@@ -150,10 +153,11 @@ class _Worker:
         x, y = half.batch(index, number, step)
         half.part.train()
         half.head.train()
-        activations = half.part(x)
+        with self.meter:
+            activations = half.part(x)
+            own = loss = self._own_loss(activations, y)
         if keep:
             self._keep(activations, y, step)
-        loss = self._own_loss(activations, y)
         if loss is not None:
             self.losses.append(float(loss.detach()))
         if gradient is not None:
@@ -165,7 +169,7 @@ class _Worker:
         if loss is None:
             self.macs += len(y) * half.plan.cost.macs
             return
-        self.macs += len(y) * (half.plan.cost_with_head if self.has_own_loss else half.plan.cost).train_macs
+        self.macs += len(y) * (half.plan.cost if own is None else half.plan.cost_with_head).train_macs
         half.optimizer.zero_grad()
         loss.backward()
         if self.task.train.max_grad_norm:
@@ -210,10 +214,7 @@ class _Worker:
         self.uploaded.steps.append((step, len(labels)))
 
     def _peak_bytes(self) -> int:
-        parameters = [*self.half.part.parameters(), *self.half.head.parameters()]
-        weights = sum(p.numel() * p.element_size() for p in parameters)
-        held = sum(a.numel() * a.element_size() for a in self.uploaded.activations)
-        return (2 + optimizer_slots(self.task.train)) * weights + held
+        return self.meter.peak_bytes + sum(a.numel() * a.element_size() for a in self.uploaded.activations)
 
     def finish(self, num_steps: int) -> Findings:
         up = self.uploaded

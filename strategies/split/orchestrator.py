@@ -165,4 +165,4 @@ SELECTIONS: Mapping[str, Callable[[Orchestrator, Sequence[int], np.random.Genera
 
 def num_granted(eta: float, num_clients: int) -> int:
     """How many may upload per decision: k = max(1, round(eta N)), halves upwards."""
-    return max(1, math.floor(eta * num_clients + 0.5))
+    return max(1, math.floor(eta * num_clients + 0.5 + 1e-9))  # .58 of 25 is 14.5, and 14.499999999999998

@@ -140,6 +140,7 @@ class SplitServer:
             step_logits_(client.optimizer, self._probabilities, frozen)
         buffers = dict(self.module.named_buffers())
         client.buffers = {name: buffers[name].clone() for name in self._buffers}
+        self.served[partition_id] = client
         return value, a.grad
 
     @torch.no_grad()
@@ -179,7 +180,8 @@ class SplitServer:
             for pid, client in sorted(self.served.items())
         }
         optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
-        return {"weights": self.weights, "plain": self.plain, "optimizers": optimizers, "clients": clients}
+        shared = {"weights": self.weights, "plain": self.plain, "optimizers": optimizers}
+        return {**shared, "clients": clients, "first_buffers": self._first_buffers}
 
     def import_state(self, raw: Mapping[str, Any]) -> None:
         """Go on from ``export_state``."""
@@ -187,6 +189,8 @@ class SplitServer:
         self.plain.copy_(raw["plain"])
         for optimizer, held in zip(self._optimizers, raw["optimizers"], strict=True):
             optimizer.load_state_dict(held)
+        # The run's state has everybody's mean by now, and who was never served begins as everybody did.
+        self._first_buffers = dict(raw.get("first_buffers", self._first_buffers))  # older checkpoints: none
         self.served = {int(pid): self._serve(item) for pid, item in raw["clients"].items()}
 
     def _serve(self, raw: Mapping[str, Any] | None = None) -> Served:
@@ -201,10 +205,8 @@ class SplitServer:
         return Served(logits, optimizer, buffers)
 
     def _show(self, partition_id: int) -> Served:
-        """Make the module hold what this client sees."""
-        if partition_id not in self.served:
-            self.served[partition_id] = self._serve()
-        client = self.served[partition_id]
+        """Make the module hold what this client sees; a client whose tests come first is none that was served."""
+        client = self.served.get(partition_id) or self._serve()
         if client.logits is not None:
             mask_weights(self.weights, client.logits, self.masks, self._seen, self._probabilities)
         for name, buffer in self.module.named_buffers():

@@ -428,3 +428,10 @@ def test_both_ways_of_gating_give_the_scores_the_same_gradients():
         assert not any("forward" in vars(module) for module in model.modules())
         found.append(gates.scores.grad)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_weights_of_torchs_own_attention_are_frozen_with_the_others():
+    attention, norm = nn.MultiheadAttention(8, 2), nn.LayerNorm(8)
+    trained = freeze(nn.ModuleList([attention, norm]))
+    assert {id(p) for p in trained} == {id(p) for p in norm.parameters()}
+    assert not any(p.requires_grad for p in attention.parameters())

@@ -166,6 +166,19 @@ def test_a_half_that_does_not_fit_the_owners_memory_is_refused_before_training(
     assert ask(objective, site=Site(memory_bytes=least + room), **changes).num_examples
 
 
+def test_the_peak_counts_the_activations_that_a_step_keeps_and_what_is_sent_up(ask):
+    """As with every other objective; a half is mostly activations."""
+    quiet, loud = ask(upload="none", stop=1), ask(round=2, stop=1)
+    kept = 16 * 4 * (64 + 200 + 256)  # of one batch at least: images, and what either ReLU lets through
+    assert quiet.peak_memory_bytes >= ADAM * (HALF + HEAD) + kept
+    assert loud.peak_memory_bytes == quiet.peak_memory_bytes + 16 * 4 * 200
+
+
+def test_a_step_that_only_a_servers_gradient_makes_does_not_pass_through_the_head(ask):
+    pulled = ask(stop=0, owed=0, train_client=False, companions={"gradient": torch.ones(16, 200)})
+    assert pulled.train_macs == 2 * 64 * 200 * 16
+
+
 def test_a_device_too_small_for_the_whole_model_trains_the_half_that_fits(ask):
     """The server's half is no matter of the client's memory."""
     limit = ADAM * HALF + 17 * 4 * (64 + 3 * 200)

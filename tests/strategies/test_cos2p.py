@@ -15,6 +15,7 @@ from client_app.handler import handle
 from client_app.store import ClientStore
 from pruning.cost import measure_costs
 from pruning.extract import embed, extract
+from pruning.groups import Layout
 from pruning.spec import FULL, SubModelSpec
 from server_app.checkpoint import load_checkpoint
 from server_app.config import parse
@@ -242,12 +243,21 @@ def test_nor_do_clients_test_an_exit_that_nobody_has_trained(tmp_path):
     ],
 )
 def test_quorum_deadline_and_staleness_each_stand_unless_they_are_given(loop, expected):
-    config = parse({"strategy": "cos2p", "num-clients": 4, **loop})
-    model, layout = get_model("mlp", 10, 1, 8)
-    cost = measure_costs(model, layout, torch.zeros(2, 1, 8, 8))
-    job = Job(config.run.model, config.run.data, config.run.train, 4, 9, 0)
-    found = CoS2P(config.method, Setting(job, layout, cost, config.run.loop)).loop
+    found = strategy_of(loop).loop
     assert (found.quorum, found.deadline_s, found.max_staleness) == expected
+
+
+def strategy_of(settings: dict[str, Any], has_blocks: bool = True) -> CoS2P:
+    config = parse({"strategy": "cos2p", "num-clients": 4, **settings})
+    model, layout = get_model("mlp", 10, 1, 8)
+    layout = layout if has_blocks else Layout(layout.groups)
+    cost = measure_costs(model, layout, torch.zeros(2, 1, 8, 8))
+    job = Job(config.run.model, config.run.data, config.run.train, config.run.num_clients, 9, 0)
+    return CoS2P(config.method, Setting(job, layout, cost, config.run.loop))
+
+
+def test_a_share_whose_product_is_not_exact_asks_for_nobody_more():
+    assert strategy_of({"num-clients": 100, "cos2p.quorum-ratio": 0.55}).loop.quorum == 55
 
 
 @pytest.mark.parametrize(
@@ -256,6 +266,15 @@ def test_quorum_deadline_and_staleness_each_stand_unless_they_are_given(loop, ex
         ({"cos2p.transfer": "mutual"}, r"cos2p\.transfer=mutual with model\.exits=false: .*set model\.exits=true"),
         ({"cos2p.kd-weight": 0.9}, r"cos2p\.kd-weight=0\.9 with model\.exits=false"),
         ({"loop.client-weight": "equal"}, r"loop\.client-weight=equal with cos2p\.client-weight=co-s2p: .*=samples"),
+        (
+            {
+                "loop.quorum": 2,
+                "loop.max-staleness": 9,
+                "loop.staleness": "hinge:1:2",
+                "cos2p.client-weight": "uniform",
+            },
+            r"loop\.staleness=hinge:1:2 with cos2p\.client-weight=uniform: .*=samples",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings, message, tmp_path):
@@ -284,6 +303,42 @@ def test_an_ablation_that_leaves_a_setting_idle_and_teaching_that_never_begins_a
 def test_nobody_able_to_hold_the_full_depth_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(ConfigError, match=r"nobody can hold the full depth.*holds 2; give one client more, or"):
         tiny_run(tmp_path / "run", **VIT, cos2p__budgets="0.5,0.25")
+
+
+def turns(strategy: CoS2P, asked: list[list[int]]) -> list[int]:
+    """Versions in which somebody took a turn, where these clients are asked and answer, merge by merge."""
+    found = []
+    for clients in asked:
+        version = strategy.progress.global_version
+        orders = strategy.plan(version + 1, clients)
+        found += [version] if version in strategy._turns.values() else []
+        for order in orders.values():
+            strategy._coverage.note(order.spec, version + 1)
+        strategy.progress.global_version, strategy.progress.num_merged = (
+            version + 1,
+            strategy.progress.num_merged + len(orders),
+        )
+    return found
+
+
+ROTATING: dict[str, Any] = {"cos2p.rotate-coverage": True, "cos2p.budgets": "0.5", "cos2p.masks": "first"}
+
+
+@pytest.mark.parametrize(
+    ("loop", "patience"),
+    [({}, 1), ({"loop.clients-per-round": 1}, 4), ({"loop.concurrency": 2}, 2), ({"loop.deadline-s": 9.0}, 2)],
+)
+def test_a_turn_comes_once_in_as_many_merges_as_it_takes_to_hear_everybody_however_few_are_asked(loop, patience):
+    at_once = 4 // patience
+    asked = [list(range(4))[at_once * (k % patience) :][:at_once] for k in range(16)]
+    found = turns(strategy_of({**ROTATING, "cos2p.quorum-ratio": 0.0, **loop}), asked)
+    assert len(found) > 1
+    assert min(b - a for a, b in pairwise(found)) >= patience
+
+
+def test_rotation_covers_the_units_of_a_model_without_blocks_too():
+    strategy = strategy_of({**ROTATING, "cos2p.quorum-ratio": 0.0}, has_blocks=False)
+    assert turns(strategy, [[0, 1, 2, 3]] * 4)
 
 
 @pytest.mark.slow

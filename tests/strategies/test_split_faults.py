@@ -128,3 +128,20 @@ def test_activations_of_a_client_that_was_not_granted_are_turned_away(tmp_path):
 )
 def test_an_answer_out_of_turn_is_turned_away(strategy, change, who, reason, tmp_path):
     assert reason in rejected(tmp_path, change, who, **{**BASE, "strategy": strategy})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "version"),
+    slow_but((("sl-basic", 1), ("splitfed", 1)), [("sl-basic", 1), ("splitfed", 1), ("splitfed", 2)]),
+)
+def test_a_round_that_no_client_finished_is_an_empty_one_and_the_run_goes_on(strategy, version, tmp_path):
+    def weary(instruction: Instruction) -> Report:
+        if instruction.action == "train" and instruction.server_round == 1 and instruction.settings["start"] == 1:
+            raise RuntimeError("the battery is empty")
+        return handle(instruction)
+
+    own = {"splitfed__version": version} if strategy == "splitfed" else {}
+    rows = tiny_run(tmp_path, weary, **{**BASE, **own, "strategy": strategy})
+    assert [row["message"] for row in select(rows, "warning", server_round=1)] == ["no usable answer in this round"]
+    assert [(row["server_round"], row["num_merged"]) for row in select(rows, "merge")] == [(2, 3)]
+    assert select(rows, "end")[0]["status"] == "completed"

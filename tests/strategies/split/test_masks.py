@@ -257,3 +257,29 @@ def test_a_server_goes_on_from_a_checkpoint_bit_for_bit(kind, tmp_path):
     for pid in whole.served:
         first, second = whole.state_for(pid), resumed.state_for(pid)
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_client_first_served_after_a_resume_begins_with_the_statistics_that_everybody_began_with(tmp_path):
+    """The run's state, from which a resumed server is made, has the mean of those served before."""
+    whole, _ = make(model="cnn")
+    a, y = batch(whole)
+    whole.step(0, a + 3, y, 1e-2)
+    torch.save(whole.export_state(), tmp_path / "server.pt")
+    full, _ = get_model("cnn", 10, 1, 8, width=0.1)
+    resumed = SplitServer(cut_of_meta(full), {**full.state_dict(), **whole.state()}, MaskConfig(), TRAIN)
+    resumed.import_state(torch.load(tmp_path / "server.pt", weights_only=True))
+    for server in (whole, resumed):
+        server.step(1, a, y, 1e-2)
+    first, second = whole.state_for(1), resumed.state_for(1)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_test_serves_nobody_the_mean_of_statistics_is_that_of_those_who_were_trained_for():
+    server, _ = make(model="cnn")
+    a, y = batch(server)
+    server.step(0, a + 3, y, 1e-3)
+    expected = server.state()["blocks.1.norm.running_mean"]
+    server.logits(1, a)
+    server.state_for(2)
+    assert torch.equal(server.state()["blocks.1.norm.running_mean"], expected)
+    assert list(server.served) == [0]

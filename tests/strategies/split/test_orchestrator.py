@@ -125,7 +125,8 @@ def test_the_state_survives_a_checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("eta", "num_clients", "expected"), [(0.6, 5, 3), (0.5, 5, 3), (0.01, 5, 1), (1, 5, 5), (0.3, 50, 15)]
+    ("eta", "num_clients", "expected"),
+    [(0.6, 5, 3), (0.5, 5, 3), (0.01, 5, 1), (1, 5, 5), (0.3, 50, 15), (0.58, 25, 15)],
 )
 def test_as_many_are_granted_as_eta_says_and_at_least_one(eta, num_clients, expected):
     assert num_granted(eta, num_clients) == expected
