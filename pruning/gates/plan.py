@@ -99,8 +99,15 @@ def measure_plan(model: nn.Module, images: Tensor, *, training: bool, repeats: i
 
 def _forms(model: nn.Module, site: Site) -> list[tuple[Any, ...]]:
     """What the inputs' shapes leave open of the products around a gate: a 1x1 and a 3x3 convolution may swap places."""
-    layers = [model.get_submodule(path) for path in (site.writer, *site.depthwise, site.reader)]
-    return [(tuple(m.weight.shape), getattr(m, "stride", None), getattr(m, "dilation", None)) for m in layers]
+    layers = [(path, model.get_submodule(path)) for path in (site.writer, *site.depthwise, site.reader)]
+    return [
+        (
+            tuple(model.get_parameter(f"{path}.weight").shape),
+            getattr(layer, "stride", None),
+            getattr(layer, "dilation", 1),
+        )
+        for path, layer in layers
+    ]
 
 
 def _record_inputs(model: nn.Module, gates: Gates, images: Tensor) -> dict[str, Tensor]:
