@@ -36,7 +36,8 @@ def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> l
 def num_batches(num_examples: int, batch_size: int) -> int:
     """How many batches an epoch has."""
     full, rest = divmod(num_examples, batch_size)
-    return max(1, full + (rest > 1 or (rest == 1 and full == 0)))
+    is_joined = batch_size == 1 or rest == 1  # a last batch of one joins the one before
+    return max(1, full + (rest > 0) - is_joined)
 
 
 def augmented(x: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:

@@ -75,9 +75,7 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
         save_draft=store.save_draft,
     )
     if instruction.action == "evaluate":
-        if instruction.settings.get("own-statistics", False) and len(train) > 1:
-            reestimate_batch_norm(task.model, train.to(device))
-        return _evaluate(instruction, task, test.to(device))
+        return _evaluate(instruction, task, train.to(device), test.to(device))
     if len(train) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no training example; raise data.min-size")
     if site.memory_bytes:
@@ -87,10 +85,13 @@ def handle(instruction: Instruction, site: Site = NOWHERE) -> Report:
     return _train(instruction, job, task, cost, store, memory)
 
 
-def _evaluate(instruction: Instruction, task: Task, test: Examples) -> Report:
+def _evaluate(instruction: Instruction, task: Task, train: Examples, test: Examples) -> Report:
     if len(test) == 0:
         raise TrainingError(f"client {instruction.partition_id} has no test example; raise data.min-size")
-    found = examine(task, make_objective(instruction.objective, task), test)
+    objective = make_objective(instruction.objective, task)
+    if task.settings.get("own-statistics", False) and len(train) > 1:
+        reestimate_batch_norm(objective.model, train)  # of the network as the objective has set it up for the test
+    found = examine(task, objective, test)
     return Report(
         instruction.dispatch,
         instruction.partition_id,
@@ -215,8 +216,8 @@ def compress(
     residual: dict[str, Tensor] = {}
     if memory:
         before = SubModelSpec(tuple((n, tuple(u)) for n, u in memory["kept"]), memory["depth"])
-        shapes = {k: t.shape for k, t in full.state_dict().items() if t.dim() > 1 and t.is_floating_point()}
-        blank = {key: torch.zeros(shape) for key, shape in shapes.items()}  # of what is compressed, no more
+        own = memory["velocity"]  # what stays on the client has neither
+        blank = {k: torch.zeros(t.shape) for k, t in full.state_dict().items() if k in own}
         velocity, residual = (
             extract(embed(memory[name], layout, before, blank)[0], layout, spec) if before != spec else memory[name]
             for name in ("velocity", "residual")

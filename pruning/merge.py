@@ -103,10 +103,16 @@ class MaskedMean:
         are never averaged and keep theirs always.
     layout : what can be pruned in it.
     dtype : of the sums.
+
+    Attributes
+    ----------
+    later : key -> what the merged update of an entry will be multiplied with after ``finalize``, 1 where missing; of
+        use to rules that bound how far one client moves the model.
     """
 
     def __init__(self, previous: State, layout: Layout, *, dtype: torch.dtype = torch.float32) -> None:
         self.previous, self.layout, self.dtype = previous, layout, dtype
+        self.later: Mapping[str, float] = {}
         self.shapes = shapes_of(previous)
         self.total_weight, self.num_merged = 0.0, 0
         self._sums: dict[str, Tensor] = {}

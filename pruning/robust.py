@@ -37,7 +37,8 @@ class RobustMean(MaskedMean):
     previous, layout, dtype : as of ``MaskedMean``.
     centre : ``mean`` (of clipped updates), ``trimmed-mean`` or ``median`` over the holders of each entry.
     trim_ratio : share of the holders that is left out at each end, in [0, 0.5); rounded up, but never all of them.
-    clip_norm : an update (what a client sent minus what it was sent) is shortened to this L2 norm; 0 for no bound.
+    clip_norm : an update (what a client sent minus what it was sent), as far as it is to move the model (``later``), is
+        shortened to this L2 norm; 0 for no bound.
     clip_factor : and to this multiple of the median norm of the round; 0 for no bound.
     """
 
@@ -59,7 +60,7 @@ class RobustMean(MaskedMean):
                 f"expected one of {', '.join(CENTRES)}, a ratio in [0, 0.5), and bounds >= 0"
             )
         self.centre, self.trim_ratio, self.clip_norm, self.clip_factor = centre, trim_ratio, clip_norm, clip_factor
-        self._answers: list[tuple[dict[str, Tensor], Mapping[str, Kept], float, float]] = []
+        self._answers: list[tuple[dict[str, Tensor], Mapping[str, Kept], float, dict[str, float]]] = []
 
     def add_partial(self, other: MaskedMean) -> None:
         """Not possible: the middle of all cannot be had from the middles of parts."""
@@ -68,11 +69,15 @@ class RobustMean(MaskedMean):
     def finalize(self, mixing_rate: float = 1.0, rule: MergeRule = holders_mean) -> AggregateResult:
         """Close the merge: centre times coverage takes the place of the weighted sum."""
         bound = self.clip_norm or math.inf
+        norms = [
+            math.sqrt(sum(self.later.get(key, 1.0) ** 2 * square for key, square in squares.items()))
+            for *_, squares in self._answers
+        ]
         if self.clip_factor and self._answers:
-            bound = min(bound, self.clip_factor * statistics.median(norm for *_, norm in self._answers))
+            bound = min(bound, self.clip_factor * statistics.median(norms))
         clipped = [
             (self._clipped(entries, kept, bound / norm) if norm > bound else entries, kept)
-            for entries, kept, _, norm in self._answers
+            for (entries, kept, *_), norm in zip(self._answers, norms, strict=True)
         ]
         self._sums = {}
         if self.centre == "mean":
@@ -88,11 +93,13 @@ class RobustMean(MaskedMean):
 
     def _take(self, entries: State, positions: Mapping[str, Kept], weight: float) -> None:
         """Keep checked entries until the round closes."""
-        squares = (
-            float((entry.to(self.dtype) - gather(self.previous[key], positions[key]).to(self.dtype)).square().sum())
+        squares = {
+            key: float(
+                (entry.to(self.dtype) - gather(self.previous[key], positions[key]).to(self.dtype)).square().sum()
+            )
             for key, entry in entries.items()
-        )
-        self._answers.append(({k: t.clone() for k, t in entries.items()}, positions, weight, math.sqrt(sum(squares))))
+        }
+        self._answers.append(({k: t.clone() for k, t in entries.items()}, positions, weight, squares))
 
     def _clipped(self, entries: State, positions: Mapping[str, Kept], factor: float) -> State:
         """The update shortened: ``previous + factor * (entries - previous)``."""

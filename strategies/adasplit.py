@@ -38,7 +38,7 @@ from strategies.split.schedule import num_local_rounds
 from strategies.split.server import SplitServer
 from strategies.split.server_tests import ServerTests
 from wire.activations import PRECISIONS, ActivationError
-from wire.flat import ConfigError, Scalar, require
+from wire.flat import ConfigError, Scalar, refuse, require
 from wire.message import Report
 from wire.training import learning_rate
 
@@ -142,6 +142,11 @@ class AdaSplit(SubModelStrategy):
     def check(self) -> None:
         """Refuse what split learning cannot do."""
         check_split(self.setting, self.name)
+        refuse(
+            self.setting.own_statistics,
+            "strategy=adasplit with evaluation.own-statistics=true",
+            "both halves have the statistics of the client's own images already; leave it out",
+        )
 
     def begin(self) -> None:
         """The server's half begins as the model was made; the clients draw theirs from the same seed."""

@@ -240,6 +240,7 @@ class ADP(SubModelStrategy):
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """As the base does it; and say what the gates did."""
+        self._base.prepare(mean)
         merged = self._base.close(super().merge(mean), self.progress.state)
         if self.config.gates == "personal":  # the mean of equal numbers may differ from them in its last bit
             kept = {key: tensor for key, tensor in self.progress.state.items() if key.startswith(PREFIX)}

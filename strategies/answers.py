@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.compress import densify
+from pruning.compress import INDEX, densify
 from pruning.cost import CostModel
 from pruning.groups import Layout
 from pruning.merge import AggregateResult
@@ -133,7 +133,7 @@ def check_report(
         raise ReportError(f"report: should hold {asked}, as it was asked for, got {got}")
     if not report.is_delta:
         return report
-    delta = densify(report.state, sent) if report.is_sparse else report.state
+    delta = densify(report.state, _travelling(report.state, sent)) if report.is_sparse else report.state
     for key, tensor in delta.items():
         if key not in sent:
             raise ReportError(f"report: its update does not fit the sub-model that was sent: it has no entry {key!r}")
@@ -141,6 +141,11 @@ def check_report(
             shapes = f"should have shape {tuple(sent[key].shape)}, got {tuple(tensor.shape)}"
             raise ReportError(f"report: its update does not fit the sub-model that was sent: entry {key!r} {shapes}")
     return replace(report, state=delta, is_sparse=False)
+
+
+def _travelling(sparse: State, sent: State) -> State:
+    """The entries of ``sent`` that an update has; some methods keep others on the client, and the merge misses none."""
+    return {key: tensor for key, tensor in sent.items() if key in sparse or key + INDEX in sparse}
 
 
 def _check_numbers(report: Report) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pruning.groups import Layout
-from pruning.merge import AggregateResult
+from pruning.merge import AggregateResult, MaskedMean
 from pruning.spec import FULL, SubModelSpec
 from strategies.exchange import Entry
 from strategies.normalise import StepTally, check_steps, scaled
@@ -106,6 +106,11 @@ class Base:
 
     def _note(self, distance: float, weight: float) -> None:
         self._tally = self._tally.noted(distance, weight)
+
+    def prepare(self, mean: MaskedMean) -> None:
+        """Say what ``close`` will do to a merge, before it is made."""
+        if self.name == "fednova":
+            mean.later = dict.fromkeys(self.setting.cost.trainable, self._tally.effective)
 
     def close(self, merged: AggregateResult, previous: State) -> AggregateResult:
         """Finish a merge."""

@@ -37,6 +37,7 @@ from strategies.cos2p_rule import (
 )
 from strategies.exchange import Arrival, Entry
 from strategies.idle import changed, idle_settings
+from strategies.loop import quorum_of
 from strategies.setting import Order
 from wire.flat import Scalar, refuse, require, require_choice
 from wire.message import Report
@@ -129,8 +130,7 @@ class CoS2P(SubModelStrategy):
         super().__init__(*arguments, **keywords)
         num_clients = self.setting.job.num_clients
         if self.loop.quorum == 0 and self.config.quorum_ratio:
-            quorum = ceil(self.config.quorum_ratio * num_clients - 1e-9)  # .55 of 100 is 55, and 55.00000000000001
-            self.loop = replace(self.loop, quorum=max(1, quorum))
+            self.loop = replace(self.loop, quorum=quorum_of(self.config.quorum_ratio, num_clients))
         if not self.loop.is_barrier:
             self.loop = replace(self.loop, max_staleness=self.loop.max_staleness or self.config.max_staleness)
         self.needs_versions = self.config.client_weight == "co-s2p" and self.loop.max_staleness != 0

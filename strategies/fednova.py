@@ -62,7 +62,9 @@ class FedNova(SubModelStrategy):
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Scale the mean update to the effective number of steps."""
-        merged, tally, self._tally = super().merge(mean), self._tally, StepTally()
+        tally, self._tally = self._tally, StepTally()
+        mean.later = dict.fromkeys(self.cost.trainable, tally.effective)
+        merged = super().merge(mean)
         state = scaled(merged.state, self.progress.state, self.cost.trainable, tally.effective)
         return replace(merged, state=state)
 

@@ -187,6 +187,11 @@ def staleness_weight(rule: str, staleness: int) -> float:
     raise ConfigError(f"staleness: got {rule!r}, expected 'constant', 'polynomial:A' or 'hinge:A:B'")
 
 
+def quorum_of(ratio: float, num_clients: int) -> int:
+    """The fewest clients that are at least ``ratio`` of all, at least one unless the ratio is 0."""
+    return max(int(ratio > 0), math.ceil(ratio * num_clients - 1e-9))  # 0.07 * 100 is a little more than 7
+
+
 class LoopRule(Protocol):
     """Settings of a method that is a way to run the loop: it goes with every method that says what is trained."""
 

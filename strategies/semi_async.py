@@ -6,12 +6,11 @@ in, weighted by examples and age. ``loop.preset=semi-async`` gives the rule to a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from strategies.base import SubModelStrategy
-from strategies.loop import staleness_weight
+from strategies.loop import quorum_of, staleness_weight
 from wire.flat import require
 
 
@@ -45,7 +44,7 @@ class SemiAsyncConfig:
     def loop_settings(self, num_clients: int) -> dict[str, Any]:
         """Rounds that do not wait for the slowest."""
         return {
-            "quorum": math.ceil(self.quorum_ratio * num_clients),
+            "quorum": quorum_of(self.quorum_ratio, num_clients),
             "deadline_s": self.deadline_s,
             "max_staleness": self.max_staleness,
             "staleness": self.staleness,

@@ -140,7 +140,8 @@ def _findings(task: Task, gates: Gates, evidence: Evidence, plan: Sequence[Layer
     if settings.get("personal", False):
         own = {name: parameter.detach().cpu().clone() for name, parameter in gates.named_parameters()}
         memory["gates"] = own
-        state = {key: tensor for key, tensor in state.items() if key.removeprefix(PREFIX) not in own}
+        kept = {PREFIX + name for name in own}
+        state = {key: tensor for key, tensor in state.items() if key not in kept}
     narrowed = None
     density = float(settings.get("upload-density", 1.0))
     if density < 1:

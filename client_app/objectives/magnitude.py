@@ -19,7 +19,8 @@ def magnitude(task: Task, inner: Objective) -> Objective:
     if task.examples is None:
         return inner
     threshold = float(task.settings.get("threshold", 1e-3))
-    weights = [parameter for parameter in inner.model.parameters() if parameter.dim() > 1]
+    named = inner.model.named_parameters()  # positions and class tokens of ViTs are no weights
+    weights = [parameter for name, parameter in named if name.endswith("weight") and parameter.dim() > 1]
     num_steps = num_batches(len(task.examples), task.train.batch_size)
     num_done = 0
 

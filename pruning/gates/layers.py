@@ -214,8 +214,11 @@ class GatedDepthwise2d(nn.Conv2d):
         assert self.wiring.gate is not None
         winners = self.wiring.gate.winners
         self.wiring.executed_ratio = 1.0
-        if not self.wiring.execution.is_compact or winners is None or winners.is_everybody:
+        if winners is None or winners.is_everybody:
             return self._conv_forward(x, self.weight, self.bias)
+        if not self.wiring.execution.is_compact:
+            y = self._conv_forward(x, self.weight, self.bias)
+            return y if self.bias is None else y * winners.mask(y.shape[1])[:, :, None, None]  # losers have no bias
         self.wiring.executed_ratio = x.shape[1] / len(self.weight)
         results = []
         for block, part in zip(x.split(list(winners.sizes)), winners.parts, strict=True):

@@ -87,6 +87,7 @@ def measure_plan(model: nn.Module, images: Tensor, *, training: bool, repeats: i
             z.shape,
             k,
             str(x.device),
+            *_forms(twin, site),
         )
         key += (training, execution.share, execution.num_groups, torch.get_num_threads())
         if key not in _measured:
@@ -94,6 +95,19 @@ def measure_plan(model: nn.Module, images: Tensor, *, training: bool, repeats: i
             _measured[key] = _take_turns(gate, k, run, repeats)
         plans.append(LayerPlan(site.group, *_measured[key]))
     return tuple(plans)
+
+
+def _forms(model: nn.Module, site: Site) -> list[tuple[Any, ...]]:
+    """What the inputs' shapes leave open of the products around a gate: a 1x1 and a 3x3 convolution may swap places."""
+    layers = [(path, model.get_submodule(path)) for path in (site.writer, *site.depthwise, site.reader)]
+    return [
+        (
+            tuple(model.get_parameter(f"{path}.weight").shape),
+            getattr(layer, "stride", None),
+            getattr(layer, "dilation", 1),
+        )
+        for path, layer in layers
+    ]
 
 
 def _record_inputs(model: nn.Module, gates: Gates, images: Tensor) -> dict[str, Tensor]:

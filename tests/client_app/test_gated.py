@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from client_app.data import Examples
+from client_app.data import Examples, client_examples
+from client_app.evaluation import evaluate, reestimate_batch_norm
 from client_app.handler import fit, handle
 from client_app.objectives import Objective, ObjectiveError, Task, make_objective
 from pruning.extract import extract, shapes_of
-from pruning.gates import BITMAP, PLAN, PREFIX, SALIENCE, check_bitmap, gates_of, num_winners
+from pruning.gates import BITMAP, PLAN, PREFIX, SALIENCE, attach, check_bitmap, gates_of, num_winners
+from pruning.groups import Axis, Group, Layout
 from pruning.ops import trace_ops
 from pruning.spec import FULL
-from wire.message import Instruction, TrainConfig
+from wire.message import CompressionConfig, Instruction, ModelConfig, TrainConfig
 from wire.training import make_optimizer
 from zoo import get_model
 
@@ -225,8 +228,6 @@ def test_a_model_without_gates_is_refused():
 @pytest.mark.parametrize("wants_delta", [False, True])
 def test_a_whole_request_trains_and_answers(make_instruction, wants_delta, compression):
     """Through the handler: narrowed values, differences, compressed differences."""
-    from wire.message import CompressionConfig, ModelConfig
-
     torch.manual_seed(0)
     model, _ = get_model("cnn", 10, 1, 8, gates=True)
     gates_of(model).set_density(0.5)
@@ -249,8 +250,6 @@ def test_a_whole_request_trains_and_answers(make_instruction, wants_delta, compr
 
 
 def test_evaluation_predicts_through_the_gates(make_instruction):
-    from wire.message import ModelConfig
-
     torch.manual_seed(0)
     model, _ = get_model("cnn", 10, 1, 8, gates=True)
     accuracies = set()
@@ -267,3 +266,49 @@ def test_evaluation_predicts_through_the_gates(make_instruction):
         )
         accuracies.add(report.metrics["loss"])
     assert len(accuracies) == 2
+
+
+class Chain(nn.Module):
+    """Layers whose names are those of the gates on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, 10]."""
+        hidden = self.conv2(self.conv1(x).relu()).relu()
+        return self.fc(hidden.mean((2, 3)))
+
+
+def test_a_layer_called_like_its_gate_is_sent_also_where_gates_are_personal():
+    groups = [
+        Group("conv1", 16, (Axis("conv1.weight", 0), Axis("conv1.bias", 0), Axis("conv2.weight", 1))),
+        Group("conv2", 16, (Axis("conv2.weight", 0), Axis("conv2.bias", 0), Axis("fc.weight", 1))),
+    ]
+    model, layout = attach(Chain(), Layout(tuple(groups)), (1, 8, 8))
+    task = replace(task_of(share="batch", personal=True), model=model, layout=layout, full=copy.deepcopy(model))
+    _, findings = trained(task)
+    assert model.state_dict().keys() - findings.state.keys() == {"gates.conv2.weight", "gates.conv2.bias"}
+
+
+@pytest.mark.parametrize("share", ["batch", "group"])
+def test_statistics_of_its_own_are_those_of_the_network_that_is_tested_winners_shared_alike(share, make_instruction):
+    torch.manual_seed(0)
+    model, _ = get_model("cnn", 10, 1, 8, gates=True)
+    gates_of(model).set_density(0.125)
+    instruction = make_instruction(
+        action="evaluate",
+        objective="gated",
+        settings={"share": share, "own-statistics": True},
+        job={"model": ModelConfig("cnn", gates=True)},
+        state=copy.deepcopy(model.state_dict()),
+    )
+    found = handle(instruction).metrics
+    gates_of(model).configure(share, compact=True)
+    train, test = client_examples(instruction.job.data, 4, 0)
+    reestimate_batch_norm(model, train)
+    assert found["loss"] == pytest.approx(evaluate(model, test)["loss"], rel=1e-5)
+    merged = handle(replace(instruction, settings={"share": share})).metrics
+    assert merged["loss"] != pytest.approx(found["loss"], rel=1e-3)

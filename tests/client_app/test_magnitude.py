@@ -11,10 +11,13 @@ from client_app.batches import batches, num_batches
 from client_app.handler import fit
 from client_app.objectives import make_objective
 from tests.client_app.test_gated import task_of
+from tests.vits import small
 from wire.message import TrainConfig
 
 
-@pytest.mark.parametrize(("num", "size"), [(24, 8), (25, 8), (26, 8), (1, 8), (7, 8), (9, 8), (16, 16), (17, 16)])
+@pytest.mark.parametrize(
+    ("num", "size"), [(24, 8), (25, 8), (26, 8), (1, 8), (7, 8), (9, 8), (16, 16), (17, 16), (5, 1), (1, 1)]
+)
 def test_the_number_of_batches_is_as_many_as_there_are(num, size):
     assert num_batches(num, size) == len(batches(num, size, torch.Generator()))
 
@@ -58,3 +61,13 @@ def test_who_only_evaluates_prunes_nothing():
     task = replace(task_of(1.0), examples=None, settings={"threshold": 10.0})
     make_objective("cross-entropy+magnitude", task)
     assert zeros(task) == 0
+
+
+def test_positions_and_the_class_token_of_a_vit_are_no_weights_and_stay():
+    model, layout = small(10, 1, 8)
+    task = replace(task_of(1.0), model=model, layout=layout, settings={"threshold": 10.0})
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    make_objective("cross-entropy+magnitude", task).finish(1)
+    for name, parameter in model.named_parameters():
+        is_weight = name.endswith(".weight") and parameter.dim() > 1
+        assert torch.equal(parameter, torch.zeros_like(parameter) if is_weight else before[name]), name

@@ -155,3 +155,11 @@ def test_no_minority_moves_the_median_or_the_trimmed_mean_out_of_the_range_of_th
         state = mean.finalize().state["w"].numpy()
         assert (state >= honest.min(axis=0) - 1e-5).all()
         assert (state <= honest.max(axis=0) + 1e-5).all()
+
+
+def test_what_is_multiplied_after_the_merge_is_bounded_as_it_will_move_the_model():
+    """An update of 10 that is to be tripled moves the model by 30: a bound of 6 leaves it 2."""
+    mean = RobustMean(ZEROS, LINE, centre="mean", clip_norm=6.0)
+    mean.add(answer(10, 0, 0, 0), FULL, 1)
+    mean.later = {"w": 3.0}
+    assert merged(mean)[0] == pytest.approx(2.0)

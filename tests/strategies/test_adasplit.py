@@ -397,6 +397,7 @@ def test_the_servers_half_is_clipped_too(tmp_path):
         ({"adasplit__mask__kind": "fuzzy"}, "kind: got 'fuzzy'"),
         ({"loop__quorum": 2}, "loop.quorum.*rounds wait for everybody"),
         ({"compression__kind": "dgc"}, "compression.kind: not with strategy 'adasplit'"),
+        ({"evaluation__own_statistics": True}, "own-statistics=true.*statistics of the client's own images already"),
         ({"model__name": "resnet8", "model__exits": True}, "exits=False"),
     ],
 )

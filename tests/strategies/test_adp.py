@@ -312,3 +312,9 @@ def test_settings_that_contradict_each_other_are_refused_with_the_remedy(message
 def test_values_outside_their_range_are_refused(key, value):
     with pytest.raises(ConfigError, match=key.replace("_", "-")):
         ADPConfig(**{key: value})
+
+
+def test_personal_gates_go_with_compressed_uploads_of_parts_that_change(tmp_path):
+    keys = {"adp.gates": "personal", "compression.kind": "dgc", "evaluation.where": "federated", "num-clients": 2}
+    rows = tiny_run(tmp_path / "run", **{**ADP, **keys, "num-rounds": 4, "adp.upload-density": 0.2})
+    assert [(row["status"], row["reason"]) for row in select(rows, "arrival")] == [("merged", "")] * 8

@@ -130,3 +130,34 @@ def test_a_report_without_steps_is_turned_away(tmp_path):
 def test_an_optimiser_whose_norm_is_not_known_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"strategy=fednova with train\.optimizer=adam: .*use train\.optimizer=sgd"):
         tiny_run(tmp_path, strategy="fednova", train__optimizer="adam")
+
+
+@pytest.mark.parametrize("strategy", ["fednova", "adp"])
+def test_a_bound_on_updates_is_one_on_what_moves_the_model_whoever_answers_first(strategy, tmp_path):
+    """Each normalised update tau_eff d_i / a_i is shortened to the bound."""
+    replies: list[tuple[Instruction, Report]] = []
+
+    def spy(instruction: Instruction) -> Report:
+        report = handle(instruction)
+        replies.append((instruction, report))
+        return report
+
+    bound, own = 0.1, {"adp.base": "fednova", "adp.mode": "magnitude"} if strategy == "adp" else {}
+    extra = {**own, "model.gates": False, "model.name": "mlp", "robust.clip-norm": bound}
+    tiny_run(tmp_path, spy, strategy=strategy, **{**UNEQUAL, **extra, "train.momentum": 0.0})
+    total = sum(report.num_examples for _, report in replies)
+    p, a = [r.num_examples / total for _, r in replies], [r.num_steps for _, r in replies]
+    effective = sum(share * norm for share, norm in zip(p, a, strict=True))
+    before = replies[0][0].state
+    parameters = {name for name, _ in get_model("mlp", 10, 1, 8)[0].named_parameters()}
+    moved = {key: torch.zeros_like(t, dtype=torch.float64) for key, t in before.items() if t.is_floating_point()}
+    for share, norm, (_, report) in zip(p, a, replies, strict=True):
+        factor = {key: effective / norm if key in parameters else 1.0 for key in moved}
+        step = {key: factor[key] * (report.state[key].double() - before[key].double()) for key in moved}
+        length = float(torch.cat([t.flatten() for t in step.values()]).norm())
+        assert length > bound
+        for key in moved:
+            moved[key] += share * min(1.0, bound / length) * step[key]
+    after = final_state(tmp_path)
+    for key, expected in moved.items():
+        torch.testing.assert_close(after[key].double() - before[key].double(), expected, atol=2e-6, rtol=1e-3)

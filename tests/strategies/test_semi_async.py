@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.loop import quorum_of
 from strategies.semi_async import SemiAsyncConfig
 from tests.strategies.scalar import Under, World
 from wire.flat import ConfigError
@@ -75,3 +76,13 @@ def test_it_is_that_rule_for_any_targets_times_and_examples(where, times, exampl
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         SemiAsyncConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "num_clients", "quorum"),
+    [(0.07, 100, 7), (0.28, 25, 7), (0.56, 25, 14), (0.5, 5, 3), (1.0, 7, 7), (1e-12, 5, 1), (0.0, 5, 0)],
+)
+def test_a_quorum_is_the_share_of_the_clients_whatever_the_last_bit_of_the_product(ratio, num_clients, quorum):
+    """In floating point .07 times 100 is more than 7."""
+    assert quorum_of(ratio, num_clients) == quorum
+    assert SemiAsyncConfig(ratio, deadline_s=1.0).loop_settings(num_clients)["quorum"] == quorum

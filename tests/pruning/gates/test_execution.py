@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from pruning.cost import measure_costs
 from pruning.extract import extract, resize, shapes_of
-from pruning.gates import FLOOR, GateError, executed_ratios, gates_of, key_of, num_winners, select_winners
+from pruning.gates import FLOOR, GateError, attach, executed_ratios, gates_of, key_of, num_winners, select_winners
+from pruning.groups import Axis, Group, Layout
 from pruning.spec import FULL
 from tests.marks import slow_but
 from tests.pruning.gates.conftest import QUICK, SMALL, images_for
@@ -298,3 +299,30 @@ def test_a_copy_has_gates_of_its_own(make_gated):
 def test_a_way_to_share_that_does_not_exist_is_refused(share, num_groups, message, make_gated):
     with pytest.raises(GateError, match=message):
         gates_of(make_gated("cnn")[0]).configure(share, True, num_groups)
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution with a bias and no normalisation behind it, between the units' writer and reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.expand, self.norm = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32)
+        self.depthwise, self.fc = nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, 10]."""
+        hidden = self.norm(self.expand(self.stem(x).relu())).relu()
+        return self.fc(self.depthwise(hidden).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("share", ["sample", "batch"])
+def test_of_a_loser_nothing_is_heard_not_even_the_bias_of_a_depthwise_convolution(share, training):
+    torch.manual_seed(0)
+    own = [Axis(f"{path}.{name}", 0) for path in ("expand", "norm", "depthwise") for name in ("weight", "bias")]
+    own += [Axis("norm.running_mean", 0), Axis("norm.running_var", 0), Axis("fc.weight", 1)]
+    stem = Group("stem", 16, (Axis("stem.weight", 0), Axis("stem.bias", 0), Axis("expand.weight", 1)))
+    model, _ = attach(Depthwise(), Layout((stem, Group("inner", 32, tuple(own)))), (3, 8, 8))
+    gates_of(model.double()).set_density(0.5)
+    masked, compact = (twin(images_for("cnn")) for twin in twins(model, share, training))
+    torch.testing.assert_close(compact, masked, rtol=1e-9, atol=1e-9)

@@ -64,3 +64,18 @@ def test_a_wide_layer_pays_and_a_tiny_one_at_a_batch_of_one_does_not(make_gated)
     gates_of(model).configure("sample", compact=True)
     (layer,) = measure_plan(model, images_for("mlp", 1, dtype=torch.float32), training=False)
     assert not layer.is_gated
+
+
+def test_convolutions_of_other_kernels_are_not_alike_whatever_their_inputs(make_gated, monkeypatch):
+    """A bottleneck's 1x1 and 3x3 convolutions may read images of the same shape."""
+    model, _ = make_gated("resnet50", 0.5, torch.float32)
+    gates_of(model).configure("batch", compact=True)
+    monkeypatch.setattr(plan, "_take_turns", lambda *a: (float(len(plan._measured)), 0.0))
+    found = measure_plan(model, images_for("resnet50", dtype=torch.float32), training=False)
+    modules = dict(model.named_modules())
+    forms: dict[float, set[tuple]] = {}
+    for site, layer in zip([s for s, g in gates_of(model).pairs() if g.k < s.size], found, strict=True):
+        around = (modules[site.writer], modules[site.reader])
+        forms.setdefault(layer.dense_s, set()).add(tuple((m.weight.shape, m.stride) for m in around))
+    assert all(len(kinds) == 1 for kinds in forms.values()), "one measurement stands for layers that differ"
+    assert len(forms) < len(found)
