@@ -19,6 +19,7 @@ import struct
 import subprocess
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -86,7 +87,8 @@ def relay(lanes: dict[int, tuple[Lane, int]]) -> None:
             lanes[tunnel][0].send(os.read(tunnel, MAX_PACKET_BYTES), now_s)
         for lane, end in lanes.values():
             for packet in lane.arrived(now_s):
-                os.write(end, packet)
+                with suppress(OSError):  # a device that is not up yet loses it, as on any link
+                    os.write(end, packet)
 
 
 def main() -> None:
