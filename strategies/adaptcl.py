@@ -127,6 +127,10 @@ class AdaptCL(SubModelStrategy):
         """Note the update time; the only thing AdaptCL ever learns about a device."""
         self._rates = self._with_time(arrival)
 
+    def observe_late(self, arrival: Arrival, report: Report) -> None:
+        """Who misses every deadline is the one to prune: its time counts, though its weights do not."""
+        self.observe(arrival, report)
+
     def _with_time(self, arrival: Arrival) -> RateState:
         """What is known with this answer's time; one of another sub-model than its client has now says nothing.
 

@@ -298,20 +298,21 @@ class SubModelStrategy(Hooks, Strategy):
         row = partial(arrival_row, arrival, self.cost, staleness)
         if isinstance(answer, Failure):
             return row("failed", answer.reason)
-        if self.loop.is_too_old(staleness):
-            return row("late", f"{staleness} versions old, {self.loop.max_staleness} allowed")
         try:
             held = check_narrowed(answer, entry.spec, self.layout)
             now = self.present(held)
             is_compressed = self.setting.job.compression.kind != "none"
             report = check_report(answer, self.progress.state, now, entry.wants_delta, is_compressed)
+            self.vet(arrival, report)
+            if self.loop.is_too_old(staleness):
+                self.observe_late(arrival, report)
+                return row("late", f"{staleness} versions old, {self.loop.max_staleness} allowed")
             mean_square = self.progress.mean_square
             if self.loop.compensation:
                 mean_square = mean_square or first_mean_square(self.progress.state)
                 sent, place = self.sent_state(entry, held), (self.layout, held)
                 report, mean_square = compensate_report(report, now, sent, mean_square, place, self.loop)
             report = rebase(report, now, self.loop.step_scale(staleness))
-            self.vet(arrival, report)
             self.add(mean, entry, report, staleness)
         except RunStoppedError:
             raise

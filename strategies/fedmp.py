@@ -84,6 +84,10 @@ class FedMP(SubModelStrategy):
             self._trials.append((pid, self._asked[pid], self._losses[pid] - loss, self._times_s[pid]))
         self._losses[pid] = loss
 
+    def observe_late(self, arrival: Arrival, report: Report) -> None:
+        """A rate at which the client misses the deadline is a trial too."""
+        self.observe(arrival, report)
+
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Reward the agents, complete every sub-model by its residual, and average."""
         bandit, mean_s = self.config.bandit, sum(self._times_s.values()) / len(self._times_s)

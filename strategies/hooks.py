@@ -78,7 +78,10 @@ class Hooks:
         return {}
 
     def vet(self, arrival: Arrival, report: Report) -> None:
-        """Turn away, with a ``ValueError``, an answer that ``add`` or ``observe`` could not use; changes nothing."""
+        """Turn away, with a ``ValueError``, an answer that ``add`` or ``observe`` could not use; changes nothing.
+
+        Called with the report as it was sent, of late answers too.
+        """
 
     def weigh(self, report: Report, staleness: int) -> float:
         """Weight of an answer in the merge."""
@@ -90,6 +93,9 @@ class Hooks:
 
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Learn from an answer (update times, label counts) that is in the merge; nothing may go wrong any more."""
+
+    def observe_late(self, arrival: Arrival, report: Report) -> None:
+        """Learn from an answer that came too late for any merge: it still says how long its client took."""
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Close the round: what the global model becomes."""

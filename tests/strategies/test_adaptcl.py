@@ -80,6 +80,18 @@ def test_update_times_come_together_and_the_fastest_keeps_the_full_model(plain):
     assert all(specs[fastest] == SubModelSpec() for specs in sent.values())
 
 
+def test_who_misses_the_deadline_is_pruned_until_it_is_in_time(plain, tmp_path):
+    first = {row["partition_id"]: row["update_time_s"] for row in select(plain[1], "arrival", server_round=1)}
+    slowest = max(first, key=lambda pid: first[pid])
+    deadline_s = 1.1 * sorted(first.values())[-2]
+    assert deadline_s < first[slowest]
+    rows = tiny_run(tmp_path / "run", **{**ADAPTCL, "loop.deadline-s": deadline_s})
+    answers = select(rows, "arrival", partition_id=slowest)
+    assert {row["status"] for row in answers if row["update_time_s"] > deadline_s} == {"late"}
+    assert {row["status"] for row in answers if row["update_time_s"] < deadline_s} == {"merged"}
+    assert answers[0]["retention_ratio"] == 1 > 0.6 > answers[-1]["retention_ratio"]
+
+
 def test_the_slower_a_device_the_less_it_keeps(plain):
     _, rows, _ = plain
     times = {row["partition_id"]: row["update_time_s"] for row in select(rows, "arrival", server_round=1)}

@@ -91,6 +91,19 @@ def test_a_client_that_fails_teaches_nothing_and_goes_on(tmp_path):
     assert {pid: len(trials) for pid, (_, trials) in agents.items()} == {"0": 2, "1": 1, "2": 2, "3": 2}
 
 
+def test_an_answer_that_misses_the_deadline_is_a_trial_too(tmp_path):
+    whole = tiny_run(tmp_path / "whole", strategy="fedmp", num_rounds=1)
+    deadline_s = 1.01 * min(row["update_time_s"] for row in select(whole, "arrival"))
+    rows = tiny_run(tmp_path / "run", strategy="fedmp", num_rounds=6, loop__deadline_s=deadline_s)
+    late = {row["partition_id"] for row in select(rows, "arrival", status="late")}
+    assert late
+    agents = own_state(tmp_path / "run", 6)["agents"]
+    num_answers = {pid: len(select(rows, "arrival", partition_id=pid)) for pid in late}
+    assert max(num_answers.values()) > 2
+    for pid, number in num_answers.items():
+        assert len(agents[str(pid)][1] if number > 1 else []) == number - 1, "a first loss fell from nowhere"
+
+
 def test_an_agent_that_is_asked_again_before_the_merge_learns_of_the_rate_it_had_tried(tmp_path):
     asked: dict[int, tuple[int, float]] = {}
 
