@@ -21,6 +21,9 @@ from pruning.groups import Axis, Group
 
 READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+PIECE = 1 << 18
+"""Numbers gone over at once on a CPU: one MiB, which its cache still has when the next operation comes to it."""
+
 
 class StraightThrough(torch.autograd.Function):
     """g ~ Bernoulli(sigmoid(s)) forward; dL/ds = p dL/dg backward: the draw is passed straight, scaled by p."""
@@ -52,9 +55,13 @@ class GatedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, Tensor]:
         """dL/dg = sum over rows of x (dL/dy W): also for gates that are shut."""
         x, weight, gate = ctx.saved_tensors
-        moved = gradients[0] @ weight
-        of_gate = (x * moved).flatten(0, -2).sum(0)
-        return moved.mul_(gate), None, None, of_gate
+        moved = gradients[0].flatten(0, -2) @ weight
+        num_rows = max(1, PIECE // len(gate)) if moved.device.type == "cpu" else len(moved)
+        of_gate = torch.zeros_like(gate)
+        for inputs, piece in zip(x.flatten(0, -2).split(num_rows), moved.split(num_rows), strict=True):
+            of_gate += (inputs * piece).sum(0)
+            piece.mul_(gate)
+        return moved.view(x.shape), None, None, of_gate
 
 
 class MaskGates:
@@ -70,29 +77,32 @@ class MaskGates:
     def __init__(self, model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> None:
         self.groups = tuple(groups)
         self.scores = nn.Parameter(torch.cat([scores[group.name] for group in self.groups]))
-        self.values: Tensor = torch.ones_like(self.scores)
         self._sizes = [group.size for group in self.groups]
+        self.set(torch.ones_like(self.scores))
         modules = dict(model.named_modules())
         self._handles: list[RemovableHandle] = []
         self._replaced: list[nn.Module] = []
-        begin = 0
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
             for axis in readers_of(group, modules):
-                module, units = modules[axis.key.rpartition(".")[0]], slice(begin, begin + group.size)
+                module = modules[axis.key.rpartition(".")[0]]
                 whole = isinstance(module, nn.Linear) and module.in_features == group.size * axis.repeat
                 if isinstance(module, nn.Linear) and whole and not module.weight.requires_grad:
-                    module.forward = partial(self._product, module, units, axis.repeat)  # type: ignore[method-assign]
+                    module.forward = partial(self._product, module, number, axis.repeat)  # type: ignore[method-assign]
                     self._replaced.append(module)
                 else:
-                    hook = self._hook(units, axis, isinstance(module, nn.Linear))
+                    hook = self._hook(number, axis, isinstance(module, nn.Linear))
                     self._handles.append(module.register_forward_pre_hook(hook))
-            begin += group.size
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Open and shut the gates anew; returns them, [num_units]."""
         uniform = torch.rand(len(self.scores), generator=generator).to(self.scores.device)
-        self.values = StraightThrough.apply(self.scores, uniform)
-        return self.values
+        drawn: Tensor = StraightThrough.apply(self.scores, uniform)
+        self.set(drawn)
+        return drawn
+
+    def set(self, values: Tensor) -> None:
+        """Gate with these, [num_units]."""
+        self._values: Sequence[Tensor] = values.split(self._sizes)
 
     def by_group(self) -> dict[str, Tensor]:
         """Group name -> scores, float [size]."""
@@ -106,16 +116,16 @@ class MaskGates:
         for module in self._replaced:
             del module.forward  # the class's shows again
 
-    def _product(self, module: nn.Linear, units: slice, repeat: int, x: Tensor) -> Tensor:
-        gate = self.values[units]
+    def _product(self, module: nn.Linear, number: int, repeat: int, x: Tensor) -> Tensor:
+        gate = self._values[number]
         gate = gate.repeat_interleave(repeat) if repeat > 1 else gate
         product: Tensor = GatedProduct.apply(x, module.weight, module.bias, gate)
         return product
 
-    def _hook(self, units: slice, axis: Axis, is_last: bool) -> Any:
+    def _hook(self, number: int, axis: Axis, is_last: bool) -> Any:
         def gate(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x = inputs[0]
-            values = self.values[units]
+            values = self._values[number]
             if axis.repeat > 1:
                 values = values.repeat_interleave(axis.repeat)
             size = x.shape[-1 if is_last else 1]

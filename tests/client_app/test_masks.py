@@ -81,7 +81,7 @@ def test_shut_gates_are_silenced_units(name):
     spec = random_spec(groups, np.random.default_rng(1))
     gates = MaskGates(model.eval(), groups, {group.name: torch.zeros(group.size) for group in groups})
     flags = [torch.isin(torch.arange(g.size), torch.tensor(spec.units[g.name])).float() for g in groups]
-    gates.values = torch.cat(flags)
+    gates.set(torch.cat(flags))
     with torch.no_grad():
         gated = model(x)
         gates.remove()
