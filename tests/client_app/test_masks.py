@@ -397,7 +397,9 @@ def test_a_regulariser_reaches_the_small_model(masked):
     assert sparse.state["blocks.0.norm1.weight"].abs().sum() < plain.state["blocks.0.norm1.weight"].abs().sum()
 
 
-def test_gating_a_frozen_layers_columns_is_gating_its_input_gradients_included():
+@pytest.mark.parametrize("piece", [1 << 18, 12, 1])  # all rows at once, two at a time, each alone
+def test_gating_a_frozen_layers_columns_is_gating_its_input_gradients_included(piece, monkeypatch):
+    monkeypatch.setattr("client_app.objectives.mask_gates.PIECE", piece)
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, requires_grad=True)
     layer, gate = nn.Linear(6, 4), torch.tensor([0.0, 1, 1, 0, 1, 0], requires_grad=True)
