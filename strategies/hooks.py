@@ -1,8 +1,8 @@
 """What a method decides: the hooks of the event loop, with FedAvg's answers as defaults.
 
 This is all that a new method needs to know of the loop. They are called in this order: ``check`` and ``begin`` once,
-then in every round ``plan``, for each answer ``vet``, ``add`` (which asks ``weigh``) and ``observe``, ``follow_up``,
-``merge``.
+then in every round ``plan``, for each answer ``vet``, ``add`` (which asks ``weigh``) and ``observe``, for one that is
+too old ``vet`` and ``observe_late``, ``follow_up``, ``merge``.
 """
 
 from __future__ import annotations
