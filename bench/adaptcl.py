@@ -11,7 +11,9 @@ for the same rounds, time to equal accuracy, accuracy of the base model and of t
 MACs, and accuracy at equal virtual time: *smallest-everywhere* (the straggler's final width on all clients) runs as
 many rounds as fit into AdaptCL's total time, with its learning rate annealed over them, and so do the variants of
 AdaptCL whose rounds take as long. A round of an asynchronous method is as many answers as there are clients.
-``cifar10-small-resnet8`` is CIFAR-10 averaged to 16 x 16 pixels, 20,000 images of it; the others train on 4,000, which
+``digits-vit-scales`` is the ViT with a learnable
+scale for every head and neuron under an L1 penalty, whatever the method: without them AdaptCL ranks a ViT's units by
+their L2 norm. ``cifar10-small-resnet8`` is CIFAR-10 averaged to 16 x 16 pixels, 20,000 images of it; the others train on 4,000, which
 is what two cores bear. The CIFAR-10 tasks need ``--data-dir`` with cifar10.npz or torchvision's files; without them
 they are left out, and the output says so.
 """
@@ -72,8 +74,16 @@ CIFAR: Keys = {
     "evaluation.every": 3,
     "evaluation.family-every": 6,
 }
+VIT: Keys = {
+    "model.name": "vit_micro",
+    "train.optimizer": "adam",
+    "train.learning-rate": 0.002,
+    "evaluation.family-every": 5,
+}
 TASKS: dict[str, Task] = {
     "digits": Task({"evaluation.family-every": 1}, 40, 0.2, target=0.95),
+    "digits-vit": Task(VIT, 40, 0.3),
+    "digits-vit-scales": Task({**VIT, "model.scales": True, "train.sparsity": 1e-3}, 40, 0.3),
     "cifar10-small-resnet8": Task(
         {**CIFAR, "data.name": "cifar10@16", "data.max-train": 20000, "model.name": "resnet8"}, 30, 0.3
     ),
@@ -193,7 +203,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
     is_asked = {m: options.asynchronous if m in ASYNCHRONOUS else options.ablations or m in CORE for m in METHODS}
     methods = options.method or [m for m in METHODS if is_asked[m]]
     has_images = options.kept or has_cifar(options.data_dir)
-    tasks = [task for task in options.task or list(TASKS) if task == "digits" or has_images]
+    tasks = [task for task in options.task or list(TASKS) if not task.startswith("cifar10") or has_images]
     for task in options.task or list(TASKS):
         if task not in tasks:
             print(f"left out: {task} (no CIFAR-10 in {options.data_dir}; see the README on data)")

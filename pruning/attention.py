@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pruning.groups import Axis, Group
+from pruning.scales import UnitScale
 
 # What the layer that reads the heads is called.
 OUTPUT_NAMES = ("proj", "out_proj")
@@ -53,11 +54,13 @@ def find_attentions(model: nn.Module) -> Iterator[Attention]:
         if not isinstance(head_dim, int) or read % head_dim or (num_heads is not None and inputs != ("qkv",)):
             continue
         num_heads = read // head_dim
-        # Anything with parameters beside these layers, other than norms within a head, ties the heads together.
+        # Anything with parameters beside these, but norms within a head and a scale of heads, ties them together.
         others = [
             child
             for name, child in children.items()
-            if name not in (*inputs, output, "q_norm", "k_norm") and any(True for _ in child.parameters())
+            if name not in (*inputs, output, "q_norm", "k_norm")
+            and any(True for _ in child.parameters())
+            and not (isinstance(child, UnitScale) and child.unit_width == head_dim)
         ]
         own = list(module.parameters(recurse=False))
         if not others and not own:
@@ -76,5 +79,7 @@ def head_group(attention: Attention, shapes: dict[str, tuple[int, ...]]) -> Grou
         for tensor in ("weight", "bias")
         if f"{prefix}{name}.{tensor}" in shapes
     ]
+    if (scale := f"{prefix}scale.weight") in shapes:
+        axes.append(Axis(scale, 0))
     axes.append(Axis(f"{prefix}{attention.output}.weight", 1, attention.head_dim))
     return Group(f"{prefix}heads", attention.num_heads, tuple(axes))

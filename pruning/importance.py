@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruning.groups import Axis, Group, Layout
+from pruning.scales import scale_axes
 
 UnitScores = dict[str, np.ndarray]
 """Group name -> importance of its units, float64 [size]."""
@@ -32,8 +33,9 @@ def score_units(
     Parameters
     ----------
     state : full state dict.
-    method : ``bn-scale``: mean |scale| over the unit's BatchNorm entries (Liu et al. 2017, network slimming), groups
-        without BatchNorm fall back to ``l2``; ``l1`` / ``l2``: norm of all the unit's weights (Li et al. 2017);
+    method : ``bn-scale``: mean |scale| over the unit's BatchNorm entries (Liu et al. 2017, network slimming), or a
+        scale of its own (``pruning.scales``); groups without either fall back to ``l2``; ``l1`` / ``l2``: norm of all
+        the unit's weights (Li et al. 2017);
         ``taylor``: sum |gradient * weight| (Molchanov et al. 2019, eq. 8).
     gradients : for ``taylor``: key -> mean loss gradient of that entry.
     normalize : divide by the group's mean score. Raw magnitudes of different layers cannot be compared.
@@ -59,7 +61,7 @@ def _score_group(
     group: Group, state: Mapping[str, Tensor], method: str, gradients: Mapping[str, Tensor] | None
 ) -> np.ndarray:
     if method == "bn-scale":
-        scales = [_unit_view(state[axis.key], axis, group).abs().mean(1) for axis in bn_scale_axes(group, state)]
+        scales = [_unit_view(state[axis.key], axis, group).abs().mean(1) for axis in scale_axes(group, state)]
         if scales:
             return torch.stack(scales).mean(0).double().numpy()
         method = "l2"
@@ -75,21 +77,6 @@ def _score_group(
         else:
             total += units.abs().sum(1) if method == "l1" else units.square().sum(1)
     return (total.sqrt() if method == "l2" else total).numpy()
-
-
-def bn_scale_axes(group: Group, state: Mapping[str, Tensor]) -> list[Axis]:
-    """The group's axes that are BatchNorm scales."""
-    return [
-        axis
-        for axis in group.axes
-        if axis.key.endswith(".weight") and axis.key.removesuffix("weight") + "running_var" in state
-    ]
-
-
-def has_scales(model: nn.Module, layout: Layout) -> bool:
-    """Whether a prunable unit has a BatchNorm scale."""
-    state = model.state_dict()
-    return any(bn_scale_axes(group, state) for group in layout.prunable)
 
 
 def _unit_view(tensor: Tensor, axis: Axis, group: Group) -> Tensor:

@@ -25,7 +25,7 @@ from fleet.data import ImageData
 from fleet.partition import label_counts
 from pruning.cost import measure_costs
 from pruning.groups import Layout
-from pruning.importance import has_scales
+from pruning.scales import has_scales
 from reporting.progress import Progress as TerminalProgress
 from reporting.report import write_report
 from server_app.checkpoint import save_checkpoint
@@ -116,8 +116,9 @@ def build(
     train = run_config.train
     if train.sparsity > 0 and train.sparsity_norm == "l1" and not has_scales(model, layout):
         raise ConfigError(
-            f"config: train.sparsity={train.sparsity:g}: the L1 penalty is on BatchNorm's scales, and no prunable unit "
-            f"of model {run_config.model.name!r} has one; set train.sparsity-norm=group-lasso"
+            f"config: train.sparsity={train.sparsity:g}: the L1 penalty is on the scales of units, and none of model "
+            f"{run_config.model.name!r} has one; set train.sparsity-norm=group-lasso, or for ViTs and the mlp "
+            "model.scales=true"
         )
     cost = measure_costs(model, layout, torch.zeros(2, *shape))
     durations = make_durations(config)

@@ -22,12 +22,14 @@ class ModelConfig:
     name : zoo name, ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``.
     width : multiplies every width, > 0 (zoo models).
     exits : with exit heads at a quarter, half, three quarters and all of the depth (zoo models that have them).
+    scales : with a learnable scale for every head and neuron (ViTs and the mlp; BatchNorm has scales of its own).
     gates : with a gate on every layer that can have one (ADP's dynamic pruning; models with convolutions).
     """
 
     name: str = "cnn"
     width: float = 1.0
     exits: bool = False
+    scales: bool = False
     gates: bool = False
 
     def __post_init__(self) -> None:

@@ -26,6 +26,11 @@ def batch_norm(prefix: str) -> tuple[Axis, ...]:
     return tuple(Axis(f"{prefix}.{name}", 0) for name in ("weight", "bias", "running_mean", "running_var"))
 
 
+def unit_scale(prefix: str) -> tuple[Axis, ...]:
+    """The factors of a ``UnitScale``."""
+    return (Axis(f"{prefix}.scale.weight", 0),)
+
+
 def classes(num_classes: int, *prefixes: str) -> Group:
     """Rows of the classifiers. Not exact: a class is never left out of a sub-model, only of a merge."""
     return Group("classes", num_classes, tuple(axis for p in prefixes for axis in rows(p, bias=True)), exact=False)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.groups import Block, Group, Layout
+from pruning.scales import UnitScale
 from zoo.chain import BlockChain
-from zoo.declare import classes, columns, declare_blocks, rows, scale_width
+from zoo.declare import classes, columns, declare_blocks, rows, scale_width, unit_scale
 
 
 class PatchEmbedding(nn.Module):
@@ -41,13 +42,14 @@ class Attention(nn.Module):
     width of one head only and therefore stays that of the full model.
     """
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int, fused_qkv: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, head_dim: int, fused_qkv: bool, scales: bool) -> None:
         super().__init__()
         inner = num_heads * head_dim
         self.head_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * inner) if fused_qkv else None
         if not fused_qkv:
             self.q, self.k, self.v = (nn.Linear(dim, inner) for _ in range(3))
+        self.scale = UnitScale(num_heads, head_dim) if scales else nn.Identity()
         self.proj = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,21 +57,22 @@ class Attention(nn.Module):
         parts = self.qkv(x).chunk(3, dim=-1) if self.qkv is not None else (self.q(x), self.k(x), self.v(x))
         q_bhne, k_bhne, v_bhne = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in parts)
         mixed_bhne = F.scaled_dot_product_attention(q_bhne, k_bhne, v_bhne, scale=self.head_dim**-0.5)
-        return self.proj(mixed_bhne.transpose(1, 2).flatten(2))
+        return self.proj(self.scale(mixed_bhne.transpose(1, 2).flatten(2)))
 
 
 class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP, both residual: [B, N, D] -> [B, N, D]."""
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int, neurons: int, fused_qkv: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, head_dim: int, neurons: int, fused_qkv: bool, scales: bool) -> None:
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, num_heads, head_dim, fused_qkv)
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, num_heads, head_dim, fused_qkv, scales)
         self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, neurons), nn.Linear(neurons, dim)
+        self.scale = UnitScale(neurons) if scales else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply one encoder block."""
         x = x + self.attention(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + self.fc2(self.scale(F.gelu(self.fc1(self.norm2(x)))))
 
 
 class TokenHead(nn.Module):
@@ -98,6 +101,7 @@ def vit(
     mlp_ratio: float = 4.0,
     fused_qkv: bool = True,
     exits: bool = False,
+    scales: bool = False,
     width: float = 1.0,
 ) -> tuple[BlockChain, Layout]:
     """A vision transformer; ``dim`` is the residual width and ``dim / num_heads`` the width of one head.
@@ -105,6 +109,7 @@ def vit(
     ``patch_size`` None means the image in ``grid`` by ``grid`` patches where that is given, else 16 pixels from 128 up
     and an eighth of the image (at least 1) below that.
     ``width`` scales heads and neurons, never the residual width. Groups: ``block0.heads``, ``block0.mlp``, ...
+    With ``scales`` every head and neuron has a learnable factor, which the L1 penalty can shrink.
     Without exits the only head stays at every depth; with them each exit belongs to the block it stands behind.
     """
     if patch_size is None and grid is not None:
@@ -124,7 +129,7 @@ def vit(
     exit_blocks = tuple(num_blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)) if exits else ()
     model = BlockChain(
         PatchEmbedding(in_channels, dim, image_size, patch_size),
-        [EncoderBlock(dim, heads, head_dim, neurons, fused_qkv) for _ in range(num_blocks)],
+        [EncoderBlock(dim, heads, head_dim, neurons, fused_qkv, scales) for _ in range(num_blocks)],
         [TokenHead(dim, num_classes) for _ in range(len(exit_blocks) or 1)],
         exit_blocks,
     )
@@ -136,9 +141,11 @@ def vit(
             parts = [rows(f"{attention}.qkv", True, head_dim, part * heads * head_dim) for part in range(3)]
         else:
             parts = [rows(f"{attention}.{part}", True, head_dim) for part in "qkv"]
-        axes = tuple(axis for part in parts for axis in part) + columns(f"{attention}.proj", head_dim)
+        of_heads, of_neurons = (unit_scale(p) if scales else () for p in (attention, prefix))
+        axes = tuple(axis for part in parts for axis in part) + of_heads + columns(f"{attention}.proj", head_dim)
         groups.append(Group(f"block{index}.heads", heads, axes))
-        groups.append(Group(f"block{index}.mlp", neurons, rows(f"{prefix}.fc1", bias=True) + columns(f"{prefix}.fc2")))
+        axes = rows(f"{prefix}.fc1", bias=True) + of_neurons + columns(f"{prefix}.fc2")
+        groups.append(Group(f"block{index}.mlp", neurons, axes))
     groups.append(classes(num_classes, *(f"heads.{j}.linear" for j in range(len(model.heads)))))
     blocks: tuple[Block, ...] = declare_blocks(num_blocks, {block: j for j, block in enumerate(exit_blocks)})
     return model, Layout(tuple(groups), blocks)

@@ -1,4 +1,4 @@
-"""Regularisers that make units dispensable: L1 on BatchNorm scales, or the group lasso."""
+"""Regularisers that make units dispensable: L1 on their scales, or the group lasso."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from client_app.objectives.base import Objective, Task
-from pruning.importance import bn_scale_axes
+from pruning.scales import scale_axes
 
 
 def sparse(task: Task, inner: Objective) -> Objective:
@@ -24,14 +24,14 @@ def sparse(task: Task, inner: Objective) -> Objective:
 
 
 def sparsity_penalty(task: Task) -> Callable[[], Tensor]:
-    """Sum of |BatchNorm scale| (Liu et al. 2017), or the group lasso (Wen et al. 2016).
+    """Sum of |scale| (Liu et al. 2017), or the group lasso (Wen et al. 2016).
 
     Its groups are the rows by which one layer writes one unit: a filter, a neuron, the rows of a head's queries.
     """
     parameters = dict(task.model.named_parameters())
     state = task.model.state_dict()
     if task.train.sparsity_norm == "l1":
-        keys = sorted({axis.key for group in task.layout.prunable for axis in bn_scale_axes(group, state)})
+        keys = sorted({axis.key for group in task.layout.prunable for axis in scale_axes(group, state)})
         scales = [parameters[key] for key in keys if key in parameters]
         return lambda: torch.stack([scale.abs().sum() for scale in scales]).sum() if scales else torch.zeros(())
     repeats = {axis.key: axis.repeat for group in task.layout.prunable for axis in group.axes if axis.dim == 0}

@@ -62,6 +62,12 @@ def test_nothing_is_masked_for_a_client_that_has_all_classes_or_was_not_asked_to
     assert torch.equal(plain, not_asked)
 
 
+def test_l1_sparsity_adds_the_absolute_scales_of_heads_and_neurons():
+    model, layout = get_model("vit_micro", 10, 1, 8, scales=True)
+    task = Task(model, layout, TrainConfig(sparsity=0.01), {}, torch.ones(10), FULL, model)
+    assert float(sparsity_penalty(task)().detach()) == sum(group.size for group in layout.prunable)
+
+
 def test_l1_sparsity_adds_the_absolute_batch_norm_scales():
     plain, sparse = task_of(), task_of(TrainConfig(sparsity=0.01))
     scales = [m.weight for m in sparse.model.modules() if isinstance(m, nn.BatchNorm2d)]

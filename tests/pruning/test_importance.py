@@ -55,6 +55,17 @@ def test_a_group_without_batch_norm_falls_back_to_its_l2_norm():
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("name", ["mlp", "vit_micro"])
+def test_heads_and_neurons_with_scales_of_their_own_are_ranked_by_them(name):
+    model, layout = get_model(name, 10, 1, 8, scales=True)
+    state = randomized(model).state_dict()
+    scores = score_units(state, layout, "bn-scale", normalize=False)
+    keys = {g.name: next(a.key for a in g.axes if a.key.endswith(".scale.weight")) for g in layout.prunable}
+    assert len(set(keys.values())) == len(keys) > 1
+    for group, key in keys.items():
+        np.testing.assert_allclose(scores[group], state[key].abs().double().numpy())
+
+
 def test_units_of_several_positions_count_all_of_them():
     state = {"qkv.weight": torch.tensor([1.0, 2, 3, 4, 10, 20, 30, 40])[:, None]}
     axes = (Axis("qkv.weight", 0, repeat=2, offset=0), Axis("qkv.weight", 0, repeat=2, offset=4))

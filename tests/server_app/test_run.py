@@ -63,9 +63,10 @@ def test_a_folder_that_holds_a_run_is_not_touched(tmp_path):
 
 def test_an_l1_penalty_that_would_punish_nothing_is_refused_with_the_one_that_would(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"train\.sparsity=0\.001: .*'mlp' has one; set train\.sparsity-norm=group-lasso"
+        ConfigError, match=r"train\.sparsity=0\.001: .*'mlp' has one; set .*=group-lasso, or .* model\.scales=true"
     ):
         tiny_run(tmp_path / "a", train__sparsity=1e-3)
+    assert select(tiny_run(tmp_path / "scales", train__sparsity=1e-3, model__scales=True, num_rounds=1), "end")
     assert select(
         tiny_run(tmp_path / "b", train__sparsity=1e-3, train__sparsity_norm="group-lasso", num_rounds=1), "end"
     )

@@ -20,6 +20,7 @@ from pruning.cost import measure_costs
 from pruning.extract import embed
 from pruning.rates import ClientRate, RateParams
 from pruning.spec import FULL, SubModelSpec
+from server_app.checkpoint import load_checkpoint
 from strategies import AdaptCL
 from strategies.adaptcl import AdaptCLConfig
 from strategies.exchange import Arrival, Entry
@@ -249,6 +250,18 @@ def test_the_family_has_a_member_for_every_rate_in_use(plain):
     assert [member["name"] for member in family] == [*(f"{rate:.2f}" for rate in rates), "base"]
     for member in family[:-1]:
         assert member["retention_ratio"] == pytest.approx(float(member["name"]), abs=0.005)
+
+
+def test_a_net_without_batch_norm_is_pruned_by_the_scales_it_learned(tmp_path):
+    rows = tiny_run(tmp_path / "run", **{**ADAPTCL, "num-rounds": 3}, model__scales=True, train__sparsity=0.01)
+    ratio = min(row["retention_ratio"] for row in select(rows, "arrival", server_round=3))
+    assert ratio < 1
+    ranked_in = load_checkpoint(tmp_path / "run" / "checkpoints" / "round-000002.pt")
+    own = load_checkpoint(tmp_path / "run" / "checkpoints" / "round-000003.pt")[1]
+    for name, scores in own["scores"].items():
+        scales = ranked_in[0].state[f"blocks.{name.removeprefix('hidden')}.scale.weight"].abs().double()
+        assert float(scales.std()) > 0
+        np.testing.assert_allclose(scores, (scales / scales.mean()).numpy())
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from zoo.vit import vit
 MODELS = [
     ("mlp", {"hidden": (20, 10)}),
     ("mlp", {"hidden": (20, 10, 5), "exits": True}),
+    ("mlp", {"hidden": (20, 10), "scales": True}),
     ("cnn", {}),
     ("cnn", {"exits": True}),
     ("lenet", {"width": 0.2}),
@@ -31,6 +32,7 @@ MODELS = [
     ("vgg16", {"width": 0.125}),
     ("mobilenet_v2", {"width": 0.25}),
     ("vit_tiny", {"dim": 24, "num_blocks": 4}),
+    ("vit_tiny", {"dim": 24, "num_blocks": 4, "scales": True}),
     ("vit_tiny", {"dim": 24, "num_blocks": 4, "fused_qkv": False, "exits": True}),
 ]
 IDS = ["-".join([name, *options]) for name, options in MODELS]
