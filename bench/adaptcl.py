@@ -11,11 +11,10 @@ for the same rounds, time to equal accuracy, accuracy of the base model and of t
 MACs, and accuracy at equal virtual time: *smallest-everywhere* (the straggler's final width on all clients) runs as
 many rounds as fit into AdaptCL's total time, with its learning rate annealed over them, and so do the variants of
 AdaptCL whose rounds take as long. A round of an asynchronous method is as many answers as there are clients.
-``digits-vit-scales`` is the ViT with a learnable
-scale for every head and neuron under an L1 penalty, whatever the method: without them AdaptCL ranks a ViT's units by
-their L2 norm. ``cifar10-small-resnet8`` is CIFAR-10 averaged to 16 x 16 pixels, 20,000 images of it; the others train on 4,000, which
-is what two cores bear. The CIFAR-10 tasks need ``--data-dir`` with cifar10.npz or torchvision's files; without them
-they are left out, and the output says so.
+``digits-vit-scales`` is the ViT with a learnable scale for every head and neuron under an L1 penalty, whatever the
+method: without them AdaptCL ranks a ViT's units by their L2 norm. ``cifar10-small-resnet8`` is CIFAR-10 averaged to
+16 x 16 pixels, 20,000 images of it; the other CIFAR-10 tasks train on 4,000, which is what two cores bear. They need
+``--data-dir`` with cifar10.npz or torchvision's files; without them they are left out, and the output says so.
 """
 
 from __future__ import annotations
