@@ -114,6 +114,7 @@ METHODS: dict[str, Keys] = {
     "adaptcl by-worker-residual": {**ADAPTCL, "adaptcl.aggregation": "by-worker-residual"},
     "adaptcl global order": {**ADAPTCL, "adaptcl.scope": "global"},
     "adaptcl per-layer order": {**ADAPTCL, "adaptcl.scope": "per-layer"},
+    "adaptcl per-layer order, any width": {**ADAPTCL, "adaptcl.scope": "per-layer", "adaptcl.round-to": 1},
     "adaptcl refreshed order": {**ADAPTCL, "adaptcl.order": "refreshed"},
     "adaptcl own orders": {**ADAPTCL, "adaptcl.identical": False},
     "adaptcl order by L1": {**ADAPTCL, "adaptcl.importance": "l1"},

@@ -47,6 +47,11 @@ BENCHMARKS: dict[str, Keys] = {
 ADAM, SGD = (1e-3, 3e-4, 3e-3), (0.03, 0.01, 0.1)
 METHODS: dict[str, tuple[Keys, str]] = {
     "adasplit": ({"strategy": "adasplit"}, "adam"),
+    "adasplit, third layer": ({"strategy": "adasplit", "adasplit.cut": "3"}, "adam"),
+    "adasplit, hand-off": (
+        {"strategy": "adasplit", "adasplit.exchange": "exact", "adasplit.client-sync": "handoff"},
+        "adam",
+    ),
     "sl-basic": ({"strategy": "sl-basic"}, "adam"),
     "splitfed": ({"strategy": "splitfed"}, "adam"),
     "fedavg": ({"strategy": "fedavg"}, "adam"),
@@ -188,6 +193,8 @@ def tuned(benchmark: str, chosen: argparse.Namespace, deadline: float) -> dict[s
     for m, group in cases.items():
         known = {case.rate: outcome_of(case, chosen) for case in group}
         found = {rate: run.accuracy for rate, run in known.items() if run is not None}
+        if len(found) < len(group):
+            print(f"{benchmark}, {m}: only {len(found)} of {len(group)} learning rates were tried")
         best[m] = max(found, key=lambda rate: (found[rate], -rate)) if found else best[m]
     return best
 
