@@ -258,6 +258,7 @@ def outcome_of(case: Case, chosen: argparse.Namespace) -> Spending | None:
 def rows_of(benchmark: str, cases: Sequence[Case], chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per method or variant: means over seeds; C3 under budgets that are the largest mean spending."""
     groups: dict[tuple[str, str], list[Spending]] = {}
+    rates = {(case.method, case.variant): case.rate for case in cases}
     for case in cases:
         outcome = outcome_of(case, chosen)
         if outcome is not None:
@@ -278,6 +279,7 @@ def rows_of(benchmark: str, cases: Sequence[Case], chosen: argparse.Namespace) -
             **{f"C3 (T {name.removeprefix('c3_t')})": value for name, value in found.items() if "counted" not in name},
             "C3 counted": found[f"c3_counted_t{TEMPERATURE:g}"],
             "seeds": len(runs),
+            "learning rate": rates[method, variant],
         }
         published = PUBLISHED.get(benchmark, {}).get(method) if not variant else None
         if published:

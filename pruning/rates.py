@@ -27,7 +27,8 @@ class RateParams:
     max_step : largest relative cut of one decision (rho-max), in (0, 1).
     min_step : smaller cuts are not made (rho-min).
     min_retention_ratio : floor of every client (gamma-min).
-    dead_band : a client this much slower than the target, relatively, is left alone.
+    dead_band : a client this much slower than the target, relatively, is left alone; before its first cut up to three
+        times as much, while few rounds have been timed.
     slack : target = (1 + slack) * the reference's update time.
     min_timed_rounds : rounds a client must have been timed since its last change. Early decisions pay, since every
         round before the first runs at full cost; where times scatter by 10 % rather than 2 %, take 3 or more.
@@ -167,13 +168,15 @@ def update_rates(
             updated[pid] = _with_work(client, phi, target_s, params)
             continue
         history = _with_point(client.history, (phi, client.retention_ratio))
-        ratio = _next_ratio(client.retention_ratio, phi, target_s, history, params)
+        is_noise = client.retention_ratio >= 1 and phi <= (1 + _first_band(client, params)) * target_s
+        ratio = 1.0 if is_noise else _next_ratio(client.retention_ratio, phi, target_s, history, params)
         ratio = client.retention_ratio if ratio == client.retention_ratio else achievable(pid, ratio)
         if ratio != client.retention_ratio:
             updated[pid] = ClientRate(ratio, (), history)
             changed.append(pid)
             continue
-        at_floor = client.retention_ratio <= params.min_retention_ratio and phi > (1 + params.dead_band) * target_s
+        band = 0.0 if client.is_floored else params.dead_band  # around one bound noise would warn again and again
+        at_floor = client.retention_ratio <= params.min_retention_ratio and phi > (1 + band) * target_s
         updated[pid] = _with_work(replace(client, history=history, is_floored=at_floor), phi, target_s, params)
         if at_floor and not client.is_floored:
             floored.append(pid)
@@ -188,6 +191,15 @@ def fill_time(work_ratio: float, update_time_s: float, target_s: float, max_work
     w target / time, a lower bound where time <= target, so that repeated guesses rise to the target from below.
     """
     return min(max_work_ratio, max(1.0, work_ratio * target_s / update_time_s))
+
+
+def _first_band(client: ClientRate, params: RateParams) -> float:
+    """The dead band of a client that is still whole: wider, the fewer times its median rests on.
+
+    Its first cut is for good, and the reference is the fastest of all: among equals one sample each would cut somebody
+    sooner or later.
+    """
+    return params.dead_band * (1 + 2 / max(1, len(client.times_s) - 1))
 
 
 def _with_work(client: ClientRate, phi: float, target_s: float, params: RateParams) -> ClientRate:

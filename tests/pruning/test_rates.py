@@ -130,6 +130,36 @@ def test_equal_clients_are_never_pruned_over_a_whole_run():
         assert (simulate(1, seed=seed)[2] == 1.0).all()
 
 
+@pytest.mark.parametrize("num_clients", [4, 10, 30])
+def test_equal_clients_are_never_pruned_with_the_defaults_either(num_clients):
+    for seed in range(20):
+        ratios = simulate(1, RateParams(), num_rounds=40, interval=2, seed=seed, num_clients=num_clients)[2]
+        assert (ratios == 1.0).all()
+
+
+def test_a_device_a_ninth_slower_is_still_pruned_with_the_defaults():
+    for seed in range(20):
+        ratios = simulate(2, RateParams(), num_rounds=40, interval=2, seed=seed)[2]
+        assert ratios[0] == 1.0
+        assert (ratios[1:] < 1.0).all()
+
+
+def test_where_times_scatter_by_a_tenth_a_third_timed_round_keeps_more_of_what_a_device_can_bear():
+    can_bear = 1 / np.linspace(1, 5, 10)
+    lost = {}
+    for rounds in (2, 3):
+        params = RateParams(min_timed_rounds=rounds)
+        runs = [simulate(5, params, num_rounds=60, interval=2, noise=0.1, seed=seed)[2] for seed in range(20)]
+        lost[rounds] = 1 - np.mean([ratios / can_bear for ratios in runs])
+    assert lost[3] < 0.07 < lost[2] < 0.1
+
+
+def test_a_floor_that_just_misses_the_target_is_reported_once():
+    for seed in range(10):
+        floored = simulate(5.25, RateParams(), num_rounds=100, interval=2, seed=seed)[3]
+        assert len(floored) == len(set(floored))
+
+
 def test_a_part_that_does_not_shrink_is_found_and_reported_once():
     _, _, ratios, floored = simulate(5, RateParams(min_retention_ratio=0.2), fixed=0.3)
     assert ratios.min() == 0.2

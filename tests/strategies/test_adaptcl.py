@@ -93,6 +93,15 @@ def test_who_misses_the_deadline_is_pruned_until_it_is_in_time(plain, tmp_path):
     assert answers[0]["retention_ratio"] == 1 > 0.6 > answers[-1]["retention_ratio"]
 
 
+def test_bytes_work_and_memory_fall_with_the_retention_ratio(plain):
+    rows = sorted(select(plain[1], "arrival", server_round=8), key=lambda row: row["retention_ratio"])
+    assert rows[0]["retention_ratio"] < 0.6 < rows[-1]["retention_ratio"] == 1
+    for small, large in itertools.pairwise(rows):
+        if small["retention_ratio"] < large["retention_ratio"]:
+            for name in ("download_bytes", "upload_bytes", "train_macs", "peak_memory_bytes"):
+                assert small[name] < large[name], name
+
+
 def test_the_slower_a_device_the_less_it_keeps(plain):
     _, rows, _ = plain
     times = {row["partition_id"]: row["update_time_s"] for row in select(rows, "arrival", server_round=1)}
