@@ -161,10 +161,9 @@ def of_methods() -> list[dict[str, Any]]:
             found = [row["ratio"] for row in speed["results"]["rows"] if row["phase"] == phase]
             what = f"Co-S2P's {phase} phase / a plain ViT's step of the same MACs, per sample"
             rows.append({"what": what, "found": f"{min(found):.2f} to {max(found):.2f} (aim: at most 1.15)"})
-        gates = [ratio for row in speed["results"]["rows"] if (ratio := row.get("over_frozen"))]
-        if gates:
+        if alone := [ratio for row in speed["results"]["rows"] if (ratio := row.get("over_frozen"))]:
             what = "Co-S2P's masks phase / the same step of the same ViT with the same weights frozen, no gates"
-            rows.append({"what": what, "found": f"{min(gates):.2f} to {max(gates):.2f}"})
+            rows.append({"what": what, "found": f"{min(alone):.2f} to {max(alone):.2f}"})
     if scale := load("cos2p_scale"):
         run = scale["results"]["run"]
         what = f"Co-S2P, {run['num_parameters'] / 1e6:.0f} M parameters, 16 clients, {run['merges']} merges"

@@ -29,6 +29,7 @@ from strategies.split.halves import (
     common_settings,
     count_of,
     halves_of,
+    largest_batch,
     merged,
 )
 from strategies.split.masks import MaskConfig
@@ -128,11 +129,11 @@ class AdaSplit(SubModelStrategy):
         c, train = self.config, self.setting.job.train
         self.halves: Halves = halves_of(self.setting, c.cut)
         # A last batch of one joins the batch before it.
-        max_steps = c.max_upload_bytes // ((train.batch_size + 1) * self.halves.sample_bytes)
+        max_steps = c.max_upload_bytes // (largest_batch(train.batch_size) * self.halves.sample_bytes)
         if max_steps < 1:
             raise ConfigError(
                 f"config: adasplit.max-upload-bytes: got {c.max_upload_bytes}, but one batch takes up to "
-                f"{(train.batch_size + 1) * self.halves.sample_bytes}; raise it, or lower train.batch-size"
+                f"{largest_batch(train.batch_size) * self.halves.sample_bytes}; raise it, or lower train.batch-size"
             )
         self.num_local = num_local_rounds(c.kappa, self.setting.job.num_rounds)
         self.talk = Conversation(c.exchange, c.segments, max_steps, c.selection, c.eta, c.gamma, self.seed)
@@ -257,8 +258,9 @@ class AdaSplit(SubModelStrategy):
         pid, work = entry.partition_id, []
         num_steps = count_of(report, "round_steps", self.setting.job.train.local_epochs)
         if self.talk.may_upload(pid):
-            work = as_work(pid, self.halves.unpack(report.companions))
-            self.talk.check(work, num_steps)
+            most = self.talk.num_granted_steps, largest_batch(self.setting.job.train.batch_size)
+            work = as_work(pid, self.halves.unpack(report.companions, *most))
+            self.talk.check(pid, work, num_steps)
         elif report.companions:
             raise ActivationError(f"upload: client {pid} sent {sorted(report.companions)} without a grant")
         if report.state:

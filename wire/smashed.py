@@ -47,14 +47,19 @@ def pack_upload(activations: Mapping[str, Tensor], labels: Tensor, steps: Tensor
 
 
 def unpack_upload(
-    companions: Mapping[str, Tensor], sample_shape: Sequence[int], num_classes: int
+    companions: Mapping[str, Tensor], sample_shape: Sequence[int], num_classes: int, num_steps: int, step_size: int
 ) -> tuple[SmashedStep, ...]:
     """The steps of an upload.
+
+    Parameters
+    ----------
+    num_steps, step_size : the most steps, and samples of a step, that were asked for. A bitmap of nothing is a 32nd of
+        what it unfolds to: beyond them nothing is unfolded.
 
     Raises
     ------
     ActivationError
-        If an entry is missing or too many, truncated, mis-shaped, of another type or not finite, or a label is outside
+        If there is more than was asked for, an entry is missing or too many, truncated, mis-shaped, of another type or not finite, or a label is outside
         the output layer.
     """
     missing, extra = {VALUES, LABELS, STEPS} - companions.keys(), companions.keys() - {VALUES, BITMAP, LABELS, STEPS}
@@ -70,6 +75,11 @@ def unpack_upload(
     sizes = steps[:, 1].tolist()
     if 0 in sizes:
         raise ActivationError(f"upload: step {int(steps[sizes.index(0), 0])} has no samples")
+    if len(sizes) > num_steps or max(sizes, default=0) > step_size:
+        raise ActivationError(
+            f"upload: expected at most {num_steps} steps of at most {step_size} samples, got {len(sizes)} of up to "
+            f"{max(sizes)}"
+        )
     if sum(sizes) != len(labels):
         raise ActivationError(f"upload: labels should have shape ({sum(sizes)},), got ({len(labels)},)")
     labels = labels.to(torch.int64)

@@ -133,9 +133,21 @@ class Conversation:
             "upload": ("after" if is_frozen else "before") if may else "none",
         }
 
-    def check(self, work: Sequence[Work], round_steps: int) -> None:
-        """Raise ``ActivationError`` unless an upload holds exactly the steps that were granted."""
+    @property
+    def num_granted_steps(self) -> int:
+        """The most steps that an upload of the present stretch can hold."""
         assert self.stretch is not None
+        return self.stretch.stop - self.stretch.start
+
+    def check(self, pid: int, work: Sequence[Work], round_steps: int) -> None:
+        """Raise ``ActivationError`` unless an upload holds exactly the steps that were granted.
+
+        How many a client makes is its own word, which it cannot change in the middle of a round.
+        """
+        assert self.stretch is not None
+        said = self.steps_of.get(pid, round_steps)
+        if self.stretch.start > 0 and round_steps != said:
+            raise ActivationError(f"report: round_steps: got {round_steps}, it was {said} in this round")
         expected = list(range(self.stretch.start, min(self.stretch.stop, round_steps)))
         got = [item.step for item in work]
         if got != expected:

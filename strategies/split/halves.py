@@ -47,9 +47,9 @@ class Halves:
         """The client's half of a state."""
         return {key: tensor for key, tensor in state.items() if key in self.client_keys}
 
-    def unpack(self, companions: Mapping[str, Tensor]) -> tuple[SmashedStep, ...]:
-        """The steps of an upload; ``ActivationError`` if it is not what it should be."""
-        return unpack_upload(companions, self.shape, self.num_classes)
+    def unpack(self, companions: Mapping[str, Tensor], num_steps: int, step_size: int) -> tuple[SmashedStep, ...]:
+        """The steps of an upload; ``ActivationError`` if it is not what it should be, or more than was asked for."""
+        return unpack_upload(companions, self.shape, self.num_classes, num_steps, step_size)
 
     def check_weights(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
         """Raise ``ConfigError`` unless a report holds exactly the client's half."""
@@ -114,6 +114,11 @@ def check_split(setting: Setting, name: str, is_averaged: bool = False) -> None:
     ):
         if is_wrong:
             raise ConfigError(f"config: {key}: not with strategy {name!r}: {why}")
+
+
+def largest_batch(batch_size: int) -> int:
+    """Samples of the largest step that a client makes: a last batch of one example joins the one before."""
+    return batch_size + 1
 
 
 def count_of(report: Report, name: str, local_epochs: int) -> int:

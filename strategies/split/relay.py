@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from strategies.setting import Order, Setting
-from strategies.split.halves import Halves, common_settings, count_of
+from strategies.split.halves import Halves, common_settings, count_of, largest_batch
 from strategies.split.server import SplitServer
 from wire.activations import ActivationError
 from wire.flat import ConfigError
@@ -91,7 +91,7 @@ class Relay:
             return dict(report.state)
         if report.state:
             raise ConfigError(f"report: unexpected entries {sorted(report.state)}, weights in the middle of a round")
-        steps = self.halves.unpack(report.companions)
+        steps = self.halves.unpack(report.companions, 1, largest_batch(self.setting.job.train.batch_size))
         if [item.step for item in steps] != [step]:
             raise ActivationError(f"upload: expected step {step}, got {[item.step for item in steps]}")
         left = count_of(report, "steps_left", self.setting.job.train.local_epochs)

@@ -69,7 +69,7 @@ class ServerTests:
             raise ActivationError(
                 f"upload: a test of {course.num_examples} examples became one of {report.num_examples}"
             )
-        steps = self.halves.unpack(report.companions)
+        steps = self.halves.unpack(report.companions, 1, self.max_samples)
         got = [(item.step, len(item.labels)) for item in steps]
         if got != [(course.num_judged, expected)]:
             raise ActivationError(f"upload: expected {expected} test samples from {course.num_judged} on, got {got}")

@@ -141,7 +141,7 @@ def test_a_client_whose_test_goes_wrong_in_the_middle_is_left_out_and_the_others
     assert num_asked == {0: 2 * 3, 1: 2 * 2}  # in two evaluations; after its fault it is asked no further
     warnings = [row["message"] for row in select(rows, "warning")]
     expected = {
-        "too long": "test samples from 17 on",
+        "too long": "at most 1 steps of at most 17 samples, got 1 of up to 40",
         "another test": "became one of 1000000",
         "dies": "RuntimeError: the battery is empty",
         "signed by another": "answer signed by client 0",

@@ -13,8 +13,9 @@ import torch
 from client_app.handler import handle
 from tests.marks import slow_but
 from tests.runs import select, tiny_run
+from wire.activations import BITMAP, VALUES, decode, encode
 from wire.message import Instruction, Report
-from wire.smashed import STEPS
+from wire.smashed import LABELS, STEPS, pack_upload
 from zoo import get_model
 
 BASE: dict[str, Any] = {
@@ -53,10 +54,26 @@ def shifted(steps: torch.Tensor) -> torch.Tensor:
     return steps
 
 
-def cut_short(steps: torch.Tensor) -> torch.Tensor:
+def joined(steps: torch.Tensor) -> torch.Tensor:
     """The last step is gone, its samples passed off as the one's before."""
     steps[-2, 1] += steps[-1, 1]
     return steps[:-1]
+
+
+def cut_short(instruction: Instruction, report: Report) -> Report:
+    """The last step is gone, its samples too."""
+    sent = report.companions
+    if STEPS not in sent:
+        return report
+    num_samples, steps = len(sent[LABELS]), sent[STEPS][:-1]
+    dense = decode({key: sent[key] for key in (VALUES, BITMAP) if key in sent}, (num_samples, 200))
+    num_left = int(steps[:, 1].sum())
+    return replace(report, companions=pack_upload(encode(dense[:num_left]), sent[LABELS][:num_left], steps))
+
+
+def changed_mind(instruction: Instruction, report: Report) -> Report:
+    """It has said before how many steps it makes a round."""
+    return replace(report, metrics={**report.metrics, "round_steps": report.metrics["round_steps"] - 1})
 
 
 def reversed_(steps: torch.Tensor) -> torch.Tensor:
@@ -103,13 +120,20 @@ def is_granted(instruction: Instruction) -> bool:
     ("change", "reason"),
     [
         (with_steps(shifted), "out of turn: expected steps 0 to 5, got 1 to 6"),
-        (with_steps(cut_short), "truncated: expected steps 0 to 5, got 0 to 4"),
+        (cut_short, "truncated: expected steps 0 to 5, got 0 to 4"),
+        (with_steps(joined), "steps of at most 9 samples, got 5 of up to 16"),
         (with_steps(reversed_), "out of turn: expected steps 0 to 5, got 5, 4, 3, 2, 1, 0"),
         (with_weights, "sent weights that nobody asked for"),
     ],
 )
 def test_an_upload_of_other_steps_or_with_weights_is_turned_away(change, reason, tmp_path):
     assert reason in rejected(tmp_path, change, is_granted, **ADASPLIT)
+
+
+def test_a_client_that_says_in_the_middle_of_a_round_that_it_makes_fewer_steps_is_turned_away(tmp_path):
+    settings = {**ADASPLIT, "adasplit__segments": 2}
+    got = rejected(tmp_path, changed_mind, lambda i: is_granted(i) and i.settings["start"] > 0, **settings)
+    assert "round_steps: got 5, it was 6 in this round" in got
 
 
 def test_activations_of_a_client_that_was_not_granted_are_turned_away(tmp_path):

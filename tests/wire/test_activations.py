@@ -45,7 +45,7 @@ def upload(num: int = 5, **changes: torch.Tensor | None) -> dict[str, torch.Tens
 
 
 def test_an_upload_is_split_into_its_steps():
-    first, second = unpack_upload(upload(), (2, 2), 10)
+    first, second = unpack_upload(upload(), (2, 2), 10, 2, 3)
     assert (first.step, second.step) == (3, 4)
     assert (first.labels.tolist(), second.labels.tolist()) == ([0, 1], [2, 3, 4])
     assert torch.equal(torch.cat([first.activations, second.activations]), torch.arange(1, 21.0).reshape(5, 2, 2))
@@ -68,11 +68,24 @@ def test_an_upload_is_split_into_its_steps():
         ({"steps": torch.tensor([[0, 5]])}, "steps should be int32"),
         ({"steps": torch.tensor([[0, -5]], dtype=torch.int32)}, "steps should be int32"),
         ({"steps": torch.tensor([[0, 5], [7, 0]], dtype=torch.int32)}, "step 7 has no samples"),
+        (
+            {"steps": torch.tensor([[0, 5]], dtype=torch.int32)},
+            "at most 2 steps of at most 3 samples, got 1 of up to 5",
+        ),
+        ({"steps": torch.tensor([[0, 2], [1, 2], [2, 1]], dtype=torch.int32)}, "got 3 of up to 2"),
     ],
 )
 def test_a_truncated_or_misshapen_upload_is_refused_with_the_reason(changes, reason):
     with pytest.raises(ActivationError, match=reason):
-        unpack_upload(upload(**changes), (2, 2), 10)
+        unpack_upload(upload(**changes), (2, 2), 10, 2, 3)
+
+
+def test_a_bitmap_of_nothing_that_would_unfold_beyond_what_was_asked_for_is_not_unfolded(monkeypatch):
+    monkeypatch.setattr("wire.smashed.decode", lambda *arguments: pytest.fail("unfolded"))
+    packed = {"values": torch.zeros(0), "bitmap": torch.zeros(5000, dtype=torch.uint8)}
+    steps = torch.tensor([[0, 10000]], dtype=torch.int32)
+    with pytest.raises(ActivationError, match="at most 1 steps of at most 33 samples, got 1 of up to 10000"):
+        unpack_upload(pack_upload(packed, torch.zeros(10000, dtype=torch.uint8), steps), (2, 2), 10, 1, 33)
 
 
 def test_labels_are_as_narrow_as_the_output_layer_allows():
