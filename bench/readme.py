@@ -131,7 +131,7 @@ def bounds() -> list[dict[str, Any]]:
     if engine := load("engine"):
         for row in engine["results"]["rows"]:
             if row["clients"] == 100 and not row["checkpoints"]:
-                what = f"{row['transport']}: overhead for each client and round"
+                what = f"{row['transport']}: the server process's overhead for each client and round"
                 rows.append({"what": what, "found": f"{row['cpu_ms']:.2f} ms of CPU"})
             elif row["clients"] == 1000:
                 what = "LocalTransport: 1,000 clients in a round"
@@ -177,8 +177,9 @@ def of_server(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a server of split learning keeps up with and holds; records from before this was measured say nothing."""
     rows, crowd = [], results["crowd"]
     if (slowness := crowd.get("device_slowness_kept_up_with")) is not None:
-        what = f"AdaSplit's server keeps up with {crowd['clients']} clients that upload every batch, on devices"
-        rows.append({"what": what, "found": f"{slowness:.0f} times slower than its core"})
+        uploaders = f"{crowd['clients']} clients that all upload every batch"
+        what = f"AdaSplit's server keeps up with {uploaders} if a device's step takes"
+        rows.append({"what": what, "found": f"{slowness:.0f} times its core's: not with devices as fast as itself"})
     for row in results["memory"]:
         if "verdict" in row:
             share = row["peak_above_server"] / row["bound_on_two_stretches"]

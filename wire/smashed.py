@@ -59,8 +59,8 @@ def unpack_upload(
     Raises
     ------
     ActivationError
-        If there is more than was asked for, an entry is missing or too many, truncated, mis-shaped, of another type or not finite, or a label is outside
-        the output layer.
+        If there is more than was asked for, an entry is missing or too many, truncated, mis-shaped, of another type or
+        not finite, or a label is outside the output layer.
     """
     missing, extra = {VALUES, LABELS, STEPS} - companions.keys(), companions.keys() - {VALUES, BITMAP, LABELS, STEPS}
     if missing or extra:
