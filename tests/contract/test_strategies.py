@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
@@ -13,6 +14,8 @@ import torch
 
 from client_app.handler import handle
 from pruning.extract import embed, extract
+from reporting.c3 import budgets_of, scores, spending_of
+from reporting.log import read_events
 from server_app.checkpoint import load_checkpoint
 from strategies import LOOPS, STRATEGIES
 from tests import faulty
@@ -130,6 +133,10 @@ def test_it_runs_and_learns(name, tmp_path):
     assert max(accuracies) > 0.75
     assert select(rows, "end")[0]["status"] == "completed"
     assert len(select(rows, "merge")) == num_rounds
+    spent = spending_of(read_events(tmp_path / "run"))
+    assert spent is not None
+    assert min(spent.total_bytes, spent.train_macs) > 0
+    assert scores(spent, budgets_of([spent]))["c3_t8"] == pytest.approx(spent.accuracy * math.exp(-2 / 8))
 
 
 @every_strategy
