@@ -83,6 +83,16 @@ def test_uploads_of_many_steps_train_the_server_bit_for_bit_as_one_upload_per_st
     )
 
 
+@pytest.mark.slow
+def test_so_they_do_where_the_servers_half_has_batch_norm(tmp_path):
+    net = {"model__name": "cnn", "model__width": 0.25, "num_rounds": 3}
+    adasplit(tmp_path / "exact", adasplit__exchange="exact", **net)
+    adasplit(tmp_path / "segment", adasplit__segments=2, **net)
+    state = final_state(tmp_path / "segment")
+    assert equal_states(state, final_state(tmp_path / "exact"))
+    assert float(state["blocks.2.norm.running_mean"].abs().sum()) > 0
+
+
 def test_no_upload_exceeds_its_bound(tmp_path):
     bound, seen = 17 * 4 * 200 * 2, []
 

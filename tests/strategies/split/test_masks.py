@@ -230,6 +230,22 @@ def test_with_a_hard_mask_a_client_really_updates_only_its_part():
     assert not torch.equal(server.weights[1::2], before[1::2])
 
 
+def test_dropout_belongs_to_the_step_and_disturbs_nobody_elses_random_numbers():
+    torch.manual_seed(0)
+    full, _ = get_model("mlp", 10, 1, 8)
+    full.blocks[1].add_module("dropout", nn.Dropout(0.5))
+    x, y = torch.rand(8, 200), torch.arange(8)
+
+    def loss(*place: int) -> float:
+        server = SplitServer(cut_of_meta(full), full.state_dict(), MaskConfig(kind="none"), TRAIN)
+        assert server.is_random
+        return server.step(0, x, y, 1e-3, place)[0]
+
+    before = torch.get_rng_state()
+    assert loss(0, 1, 2, 0) == loss(0, 1, 2, 0) != loss(0, 1, 3, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_running_statistics_belong_to_a_client():
     server, _ = make("soft", model="cnn")
     a, y = batch(server)
