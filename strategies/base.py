@@ -300,7 +300,9 @@ class SubModelStrategy(Hooks, Strategy):
             return row("failed", answer.reason)
         try:
             held = check_narrowed(answer, entry.spec, self.layout)
-            now = self.present(held)
+            step_scale = self.loop.step_scale(staleness)
+            is_step = answer.is_delta or step_scale != 1 or self.loop.compensation > 0
+            now = self.present(held) if is_step else {}  # values are merged as they are
             is_compressed = self.setting.job.compression.kind != "none"
             report = check_report(answer, self.progress.state, now, entry.wants_delta, is_compressed)
             self.vet(arrival, report)
@@ -312,7 +314,7 @@ class SubModelStrategy(Hooks, Strategy):
                 mean_square = mean_square or first_mean_square(self.progress.state)
                 sent, place = self.sent_state(entry, held), (self.layout, held)
                 report, mean_square = compensate_report(report, now, sent, mean_square, place, self.loop)
-            report = rebase(report, now, self.loop.step_scale(staleness))
+            report = rebase(report, now, step_scale)
             self.add(mean, entry, report, staleness)
         except RunStoppedError:
             raise
