@@ -43,6 +43,17 @@ ADAPTCL_COLUMNS = (
 ADAPTCL_RECORDS = ("adaptcl", "adaptcl_ablations", "adaptcl_small", "adaptcl_cifar10", "adaptcl_vgg11", "adaptcl_async")
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
 COS2P_COLUMNS = ("method", "seeds", "rounds", "base", "best of family", "clients' own", "utilisation", "upload MB")
+ADASPLIT_COLUMNS = (
+    "method",
+    "seeds",
+    "accuracy",
+    "spread",
+    "GB",
+    "client TMAC",
+    "C3 (T 8)",
+    "learning rate",
+    "published accuracy, GB, TMAC, C3",
+)
 BASELINES_COLUMNS = (
     "method",
     "seeds",
@@ -64,6 +75,7 @@ def main() -> None:
     parts = {
         "adaptcl": columns_part(ADAPTCL_RECORDS, ADAPTCL_COLUMNS),
         "cos2p": columns_part(("cos2p", "cos2p_cifar10"), COS2P_COLUMNS),
+        "adasplit": columns_part(("adasplit", "adasplit_noniid", "adasplit_iid"), ADASPLIT_COLUMNS),
         "adp": columns_part(("adp",), ADP_COLUMNS),
         "baselines": columns_part(("baselines",), BASELINES_COLUMNS),
         "bounds": markdown(bounds()),
