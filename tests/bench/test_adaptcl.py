@@ -50,7 +50,7 @@ def test_a_row_is_read_against_fedavg_and_at_adaptcls_time():
     assert (row["upload"], row["MACs"]) == (0.4, 0.25)
 
 
-@pytest.mark.parametrize("name", ["adaptcl_small", "adaptcl_vgg11", "adaptcl_async"])
+@pytest.mark.parametrize("name", ["adaptcl_small", "adaptcl_vgg11", "adaptcl_async", "adaptcl_vit"])
 def test_the_kept_tables_are_what_their_command_makes_of_the_kept_outcomes(name, tmp_path, monkeypatch, capsys):
     record = json.loads((RESULTS / f"{name}.json").read_text())
     words = shlex.split(record["command"])[3:]
