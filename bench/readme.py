@@ -40,7 +40,15 @@ ADAPTCL_COLUMNS = (
     "upload",
     "MACs",
 )
-ADAPTCL_RECORDS = ("adaptcl", "adaptcl_ablations", "adaptcl_small", "adaptcl_cifar10", "adaptcl_vgg11", "adaptcl_async", "adaptcl_vit")
+ADAPTCL_RECORDS = (
+    "adaptcl",
+    "adaptcl_ablations",
+    "adaptcl_small",
+    "adaptcl_cifar10",
+    "adaptcl_vgg11",
+    "adaptcl_async",
+    "adaptcl_vit",
+)
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
 COS2P_COLUMNS = ("method", "seeds", "rounds", "base", "best of family", "clients' own", "utilisation", "upload MB")
 ADASPLIT_COLUMNS = (
