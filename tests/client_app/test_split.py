@@ -67,7 +67,7 @@ def memory(tmp_path, dispatch: int) -> dict[str, Any]:
 
 
 def steps_of(report: Report) -> list[torch.Tensor]:
-    return [step.activations for step in unpack_upload(report.companions, (200,), 10)]
+    return [step.activations for step in unpack_upload(report.companions, (200,), 10, 1000, 1000)]
 
 
 def test_stretches_give_the_same_activations_and_weights_as_one_request(ask, tmp_path):
