@@ -30,7 +30,10 @@ def test_what_a_server_keeps_up_with_and_holds_is_shown_where_it_was_measured():
     crowd["device_slowness_kept_up_with"] = 123.4
     memory |= {"peak_above_server": 27_000_000, "bound_on_two_stretches": 25_000_000, "verdict": "ABOVE 2.5e+07"}
     first, second = readme.of_server({"crowd": crowd, "memory": [memory]})
-    assert (first["found"], second["found"]) == ("123 times its core's: not with devices as fast as itself", "1.08 (aim: at most 1)")
+    assert (first["found"], second["found"]) == (
+        "123 times its core's: not with devices as fast as itself",
+        "1.08 (aim: at most 1)",
+    )
     assert "50 clients" in first["what"]
     assert "4 MiB from 3 clients" in second["what"]
 
