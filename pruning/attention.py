@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pruning.groups import Axis, Group
-from pruning.scales import UnitScale
+from pruning.unit_scale import UnitScale
 
 # What the layer that reads the heads is called.
 OUTPUT_NAMES = ("proj", "out_proj")

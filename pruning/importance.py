@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruning.groups import Axis, Group, Layout
-from pruning.scales import scale_axes
+from pruning.unit_scale import scale_axes
 
 UnitScores = dict[str, np.ndarray]
 """Group name -> importance of its units, float64 [size]."""
@@ -34,8 +34,8 @@ def score_units(
     ----------
     state : full state dict.
     method : ``bn-scale``: mean |scale| over the unit's BatchNorm entries (Liu et al. 2017, network slimming), or a
-        scale of its own (``pruning.scales``); groups without either fall back to ``l2``; ``l1`` / ``l2``: norm of all
-        the unit's weights (Li et al. 2017);
+        scale of its own (``pruning.unit_scale``); groups without either fall back to ``l2``; ``l1`` / ``l2``: norm of
+        all the unit's weights (Li et al. 2017);
         ``taylor``: sum |gradient * weight| (Molchanov et al. 2019, eq. 8).
     gradients : for ``taylor``: key -> mean loss gradient of that entry.
     normalize : divide by the group's mean score. Raw magnitudes of different layers cannot be compared.

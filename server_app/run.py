@@ -25,7 +25,7 @@ from fleet.data import ImageData
 from fleet.partition import label_counts
 from pruning.cost import measure_costs
 from pruning.groups import Layout
-from pruning.scales import has_scales
+from pruning.unit_scale import has_scales
 from reporting.progress import Progress as TerminalProgress
 from reporting.report import write_report
 from server_app.checkpoint import save_checkpoint

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from pruning.groups import Group, Layout
-from pruning.scales import UnitScale
+from pruning.unit_scale import UnitScale
 from zoo.chain import BlockChain
 from zoo.declare import classes, columns, declare_blocks, rows, scale_width, unit_scale
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruning.groups import Block, Group, Layout
-from pruning.scales import UnitScale
+from pruning.unit_scale import UnitScale
 from zoo.chain import BlockChain
 from zoo.declare import classes, columns, declare_blocks, rows, scale_width, unit_scale
 
@@ -135,17 +135,23 @@ def vit(
     )
     groups: list[Group] = []
     for index in range(num_blocks):
-        prefix = f"blocks.{index}"
-        attention = f"{prefix}.attention"
-        if fused_qkv:
-            parts = [rows(f"{attention}.qkv", True, head_dim, part * heads * head_dim) for part in range(3)]
-        else:
-            parts = [rows(f"{attention}.{part}", True, head_dim) for part in "qkv"]
-        of_heads, of_neurons = (unit_scale(p) if scales else () for p in (attention, prefix))
-        axes = tuple(axis for part in parts for axis in part) + of_heads + columns(f"{attention}.proj", head_dim)
-        groups.append(Group(f"block{index}.heads", heads, axes))
-        axes = rows(f"{prefix}.fc1", bias=True) + of_neurons + columns(f"{prefix}.fc2")
-        groups.append(Group(f"block{index}.mlp", neurons, axes))
+        groups += _groups_of(index, heads, head_dim, neurons, fused_qkv, scales)
     groups.append(classes(num_classes, *(f"heads.{j}.linear" for j in range(len(model.heads)))))
     blocks: tuple[Block, ...] = declare_blocks(num_blocks, {block: j for j, block in enumerate(exit_blocks)})
     return model, Layout(tuple(groups), blocks)
+
+
+def _groups_of(
+    index: int, heads: int, head_dim: int, neurons: int, fused_qkv: bool, scales: bool
+) -> tuple[Group, Group]:
+    """The heads and the neurons of one block."""
+    block = f"blocks.{index}"
+    attention = f"{block}.attention"
+    if fused_qkv:
+        parts = [rows(f"{attention}.qkv", True, head_dim, part * heads * head_dim) for part in range(3)]
+    else:
+        parts = [rows(f"{attention}.{part}", True, head_dim) for part in "qkv"]
+    of_heads, of_neurons = (unit_scale(prefix) if scales else () for prefix in (attention, block))
+    of_attention = tuple(axis for part in parts for axis in part) + of_heads + columns(f"{attention}.proj", head_dim)
+    of_mlp = rows(f"{block}.fc1", bias=True) + of_neurons + columns(f"{block}.fc2")
+    return Group(f"block{index}.heads", heads, of_attention), Group(f"block{index}.mlp", neurons, of_mlp)

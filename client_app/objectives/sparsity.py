@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from client_app.objectives.base import Objective, Task
-from pruning.scales import scale_axes
+from pruning.unit_scale import scale_axes
 
 
 def sparse(task: Task, inner: Objective) -> Objective:

@@ -109,6 +109,26 @@ class SplitServer:
         """
         client = self._show(partition_id)
         a = activations.detach().requires_grad_(wants_gradient)
+        value = self._backward(a, labels, place)
+        if self.train.max_grad_norm:  # each half by itself: neither sees the other's gradient
+            norm = torch.stack([self._gradient.norm(), self._plain_gradient.norm()]).norm()
+            share = (self.train.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in (self._gradient, self._plain_gradient):
+                gradient.mul_(share)
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate
+        step_(self._optimizers[1], self._plain_gradient)
+        if client.logits is not None and client.optimizer is not None:
+            frozen = mask_gradients_(self.weights, self._probabilities, self._gradient, self.masks)
+            step_(self._optimizers[0], self._gradient, frozen)
+            step_logits_(client.optimizer, self._probabilities, frozen)
+        buffers = dict(self.module.named_buffers())
+        client.buffers = {name: buffers[name].clone() for name in self._buffers}
+        self.served[partition_id] = client
+        return value, a.grad
+
+    def _backward(self, a: Tensor, labels: Tensor, place: tuple[int, ...]) -> float:
+        """Make the gradients of the cross-entropy, which is returned; raises as ``step`` does."""
         for gradient in (self._gradient, self._plain_gradient):
             gradient.zero_()
         with torch.random.fork_rng(devices=[], enabled=self.is_random), torch.enable_grad():
@@ -126,22 +146,7 @@ class SplitServer:
                 f"the server's {what} is no number any more (loss {value:g}) at seed, round, step, client = "
                 f"{', '.join(map(str, place))}; lower train.learning-rate"
             )
-        if self.train.max_grad_norm:  # each half by itself: neither sees the other's gradient
-            norm = torch.stack([self._gradient.norm(), self._plain_gradient.norm()]).norm()
-            share = (self.train.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in (self._gradient, self._plain_gradient):
-                gradient.mul_(share)
-        for optimizer in self._optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate
-        step_(self._optimizers[1], self._plain_gradient)
-        if client.logits is not None and client.optimizer is not None:
-            frozen = mask_gradients_(self.weights, self._probabilities, self._gradient, self.masks)
-            step_(self._optimizers[0], self._gradient, frozen)
-            step_logits_(client.optimizer, self._probabilities, frozen)
-        buffers = dict(self.module.named_buffers())
-        client.buffers = {name: buffers[name].clone() for name in self._buffers}
-        self.served[partition_id] = client
-        return value, a.grad
+        return value
 
     @torch.no_grad()
     def logits(self, partition_id: int, activations: Tensor) -> Tensor:
