@@ -167,10 +167,11 @@ def job_of(task: str, seed: int, method: str, options: argparse.Namespace) -> Jo
         "data.seed": seed,
         **METHODS[method],
     }
-    name = f"{task}_seed{seed}_{method.replace(' ', '-')}"
+    budget_s = budget_of(task, options)
+    name = f"{task}_{budget_s:g}s_seed{seed}_{method.replace(' ', '-')}"
     learns_masks = keys["strategy"] == "cos2p" and "cos2p.masks" not in keys and not options.quick
     probe_rounds = MASK_ROUNDS if learns_masks else Job.probe_rounds
-    return Job(name, keys, options.store, outcome, budget_s=budget_of(task, options), probe_rounds=probe_rounds)
+    return Job(name, keys, options.store, outcome, budget_s=budget_s, probe_rounds=probe_rounds)
 
 
 def outcome(log: Path) -> dict[str, Any]:

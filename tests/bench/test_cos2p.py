@@ -129,7 +129,8 @@ def test_the_best_of_the_family_may_be_one_whose_statistics_were_reestimated(tmp
 
 def test_every_run_is_a_config_that_parses_and_has_a_file_of_its_own(tmp_path):
     options = options_of(tmp_path, 1)
-    jobs = [job_of(task, 0, method, options) for task in TASKS for method in METHODS]
+    longer = argparse.Namespace(**{**vars(options), "budget": 0.2})
+    jobs = [job_of(task, 0, method, given) for given in (options, longer) for task in TASKS for method in METHODS]
     for job in jobs:
         parse(job.keys)
     assert len({job.path for job in jobs}) == len(jobs)
