@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.common import finish, in_fresh_process, peak_bytes, print_table, seeds_of
+from bench.common import add_device, finish, in_fresh_process, peak_bytes, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import (
     FOLDERS,
@@ -115,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--task", action="append", choices=list(TASKS))
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
     parser.add_argument("--seeds", type=int, default=3)
+    add_device(parser)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--budget", type=float, default=1.0, help="times the virtual time of every task")
@@ -163,6 +164,7 @@ def job_of(task: str, seed: int, method: str, options: argparse.Namespace) -> Jo
         **TASKS[task].keys,
         **quick,
         "data.dir": str(Path(options.data_dir).absolute()),
+        "train.device": options.device,
         "seed": seed,
         "data.seed": seed,
         **METHODS[method],

@@ -36,7 +36,7 @@ def run_of(accuracies, round_s=1.0, utilisation=0.5, family=None):
 
 
 def options_of(store, seeds):
-    return argparse.Namespace(data_dir="data", store=store, quick=False, seed=0, seeds=seeds, budget=0.1)
+    return argparse.Namespace(data_dir="data", store=store, quick=False, seed=0, seeds=seeds, budget=0.1, device="cpu")
 
 
 def test_a_row_is_read_at_the_end_of_the_virtual_time():
