@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from pruning.groups import Axis, Group
 from pruning.prove import _randomize, random_spec, silence
 from pruning.spec import FULL, SubModelSpec
 from tests.client_app.conftest import MakeInstruction
+from tests.marks import slow_but
 from wire.message import DataConfig, Instruction, ModelConfig, TrainConfig
 from wire.training import optimizer_slots
 from zoo import get_model
@@ -321,8 +323,13 @@ def test_both_phases_are_in_the_macs_and_the_larger_one_is_the_peak(masked):
     assert small.peak_memory_bytes <= report.peak_memory_bytes < plain.peak_memory_bytes
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("name", ["tests.vits:small", "resnet8", "mlp", "cnn", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    slow_but(
+        [("tests.vits:small", "adam"), ("resnet8", "sgd"), ("mlp", "adam"), ("cnn", "sgd")],
+        product(["tests.vits:small", "resnet8", "mlp", "cnn", "mobilenet_v2"], ["sgd", "adam"]),
+    ),
+)
 def test_the_estimate_of_the_mask_phase_is_what_it_was_counted_to_hold(masked, name, optimizer):
     """Frozen weights, gated copies of what convolutions read, scores and what is trained beside them."""
     exits = name in ("tests.vits:small", "resnet8")
@@ -405,11 +412,11 @@ def test_gating_a_frozen_layers_columns_is_gating_its_input_gradients_included(p
     layer, gate = nn.Linear(6, 4), torch.tensor([0.0, 1, 1, 0, 1, 0], requires_grad=True)
     direction = torch.randn(2, 3, 4)
     results = []
-    for product in (
+    for outcome in (
         GatedProduct.apply(x, layer.weight.detach(), layer.bias.detach(), gate),
         functional.linear(x * gate, layer.weight, layer.bias),
     ):
-        results.append((product.detach(), *torch.autograd.grad((product * direction).sum(), (x, gate))))
+        results.append((outcome.detach(), *torch.autograd.grad((outcome * direction).sum(), (x, gate))))
     for mine, wanted in zip(*results, strict=True):
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
 

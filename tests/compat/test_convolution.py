@@ -28,6 +28,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 def test_a_network_of_few_channels_trains_with_channels_last():
     """Without protection the process ends with SIGSEGV or a corrupted heap where oneDNN takes its avx2 kernel."""
     done = subprocess.run(

@@ -20,6 +20,7 @@ from reporting.report import write_report
 from server_app.checkpoint import CheckpointError, load_checkpoint
 from server_app.run import RunFolderError
 from strategies.base import RunStoppedError
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, read_rows, select, tiny_run, without_timings
 from wire.flat import ConfigError
 from wire.message import Instruction, Report
@@ -111,7 +112,7 @@ class Interruptor:
         return handle(instruction)
 
 
-@pytest.mark.parametrize("mode", ["sync", "semi-async"])
+@pytest.mark.parametrize("mode", slow_but(("semi-async",), ("sync", "semi-async")))
 def test_an_interrupted_run_says_so_and_goes_on_where_it_stopped(mode, tmp_path):
     settings = {"loop.quorum": 3, "loop.max-staleness": 3} if mode == "semi-async" else {}
     whole = tiny_run(tmp_path / "whole", strategy="adaptcl", num_rounds=6, **settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,13 @@ def states_of(folder: Path, num_rounds: int) -> list[dict[str, torch.Tensor]]:
 # --- the merge -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["per-entry", "global"])
-@pytest.mark.parametrize("weight", ["co-s2p", "samples", "uniform", "polynomial"])
+@pytest.mark.parametrize(
+    ("weight", "norm"),
+    slow_but(
+        [("co-s2p", "per-entry"), ("samples", "global")],
+        product(["co-s2p", "samples", "uniform", "polynomial"], ["per-entry", "global"]),
+    ),
+)
 def test_a_merge_is_the_weighted_mean_of_steps_over_holders_or_over_everybody(norm, weight, tmp_path):
     """Entry by entry in float64: theta + sum c_i delta_i / (sum of c_i over holders, or over all)."""
     spy = Spy()
@@ -151,7 +156,7 @@ def test_distillation_begins_at_its_round(tmp_path):
     assert weights == {1: 0.0, 2: 0.0, 3: 0.5}
 
 
-@pytest.mark.parametrize(("transfer", "base"), [("mutual", "mutual"), ("none", "exits")])
+@pytest.mark.parametrize(("transfer", "base"), slow_but([("none", "exits")], [("mutual", "mutual"), ("none", "exits")]))
 def test_other_transfers_and_the_deepest_exit_can_be_chosen(transfer, base, tmp_path):
     spy = Spy()
     settings = {"cos2p.transfer": transfer, "cos2p.exit-choice": "deepest", "cos2p.masks": "first"}

@@ -12,6 +12,7 @@ from client_app.handler import handle
 from strategies import FedAvg
 from strategies.schedule import gaussian_ramp_up
 from strategies.setting import Order
+from tests.marks import slow_but
 from tests.runs import equal_states, final_state, select, tiny_run
 from wire.flat import ConfigError
 from wire.message import Instruction, Report
@@ -51,7 +52,7 @@ def test_a_client_trains_all_exits_up_to_its_own_and_a_merge_is_the_mean_over_ho
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("model", ["cnn", "mlp"])
+@pytest.mark.parametrize("model", slow_but(("mlp",), ("mlp", "cnn")))
 def test_everybody_at_full_depth_without_distillation_is_joint_training_of_the_exits(model, tmp_path, monkeypatch):
     settings = {
         "model.name": model,
