@@ -4,10 +4,9 @@
     python -m bench.cos2p --task digits --seeds 1
     python -m bench.cos2p --quick                  # a small comparison, a few minutes
 
-Every run is kept in results/bench/cos2p; a run that is there is not repeated. Each method runs as many rounds as fit
-into the same virtual time, its learning rate annealed over them: a short probe (kept, too) says how long its rounds
-take. The clock is the fleet's; memory is measured in client processes of their own, one for each device class and
-phase. The CIFAR tasks need ``--data-dir`` with NAME.npz or torchvision's files; without them they are left out.
+Every run is kept in results/bench/cos2p; a run that is there is not repeated. Each method goes on, at one learning rate,
+until the same virtual time has passed, so that its curve can be read at any time before, too. The clock is the fleet's;
+memory is measured in client processes of their own, one for each device class and phase. The CIFAR tasks need ``--data-dir`` with NAME.npz or torchvision's files; without them they are left out.
 """
 
 from __future__ import annotations
@@ -40,8 +39,6 @@ from reporting.summary import utilisation
 from server_app.processes import count_cores
 
 RATES = "1,0.75,0.5,0.25"
-SLACK = 0.02
-"""Of a task's virtual time: how many rounds fit into it is estimated from a probe."""
 NEAR = 0.97
 """Share of the lower of two accuracies that counts as equal accuracy: curves end on a plateau, in noise."""
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]
@@ -70,7 +67,10 @@ COMMON: Keys = {
     "model.exits": True,
     "train.local-epochs": 5,
     "train.batch-size": 16,
+    "train.schedule": "constant",
     "evaluation.where": "both",
+    "evaluation.family-every": 1,
+    "num-rounds": 5,
 }
 VIT: Keys = {"model.name": "vit_micro", "train.optimizer": "adam", "train.learning-rate": 0.002}
 RESNET: Keys = {"model.name": "resnet20", "train.learning-rate": 0.05, "train.local-epochs": 2}
@@ -104,8 +104,6 @@ METHODS: dict[str, Keys] = {
     "fiarse": {"strategy": "fiarse"},
 }
 RIVALS = ("fedavg", "only-capable", "smallest-everywhere", "heterofl", "fjord", "fedrolex", "depthfl", "fiarse")
-MASK_ROUNDS = 12
-"""Rounds until no client learns a mask any more, which makes them longer."""
 QUICK = ("cos2p", "cos2p synchronous", "fedavg")
 
 
@@ -171,9 +169,7 @@ def job_of(task: str, seed: int, method: str, options: argparse.Namespace) -> Jo
     }
     budget_s = budget_of(task, options)
     name = f"{task}_{budget_s:g}s_seed{seed}_{method.replace(' ', '-')}"
-    learns_masks = keys["strategy"] == "cos2p" and "cos2p.masks" not in keys and not options.quick
-    probe_rounds = MASK_ROUNDS if learns_masks else Job.probe_rounds
-    return Job(name, keys, options.store, outcome, budget_s=budget_s, probe_rounds=probe_rounds)
+    return Job(name, keys, options.store, outcome, until_s=budget_s)
 
 
 def outcome(log: Path) -> dict[str, Any]:
@@ -244,7 +240,7 @@ def summarise(task: str, options: argparse.Namespace, memory: Sequence[Mapping[s
 
 def at_time(run: Mapping[str, Any], time_s: float) -> Mapping[str, Any]:
     """The last evaluation within a virtual time."""
-    return last_within(run["curve"], "time_s", time_s, SLACK)
+    return last_within(run["curve"], "time_s", time_s)
 
 
 def best_at(run: Mapping[str, Any], time_s: float) -> float:

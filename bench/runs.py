@@ -60,9 +60,6 @@ class Job:
     measure : event log -> what the tables need of it, JSON values.
     until_s : go on beyond ``num-rounds`` until the virtual clock has passed it, with as many evaluations again. Needs
         a constant learning rate.
-    budget_s : take as many rounds as fit into this virtual time, instead of ``num-rounds``, and anneal the learning
-        rate over them. A probe finds out how many.
-    probe_rounds : of the probe; the second half of them must be like those that follow.
     """
 
     name: str
@@ -70,8 +67,6 @@ class Job:
     store: Path
     measure: Measure
     until_s: float = 0.0
-    budget_s: float = 0.0
-    probe_rounds: int = 4
 
     @property
     def path(self) -> Path:
@@ -165,10 +160,6 @@ def _outcome(job: Job, home: Path) -> dict[str, Any]:
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
     folder, keys = home / "0", {**job.keys, "keep-checkpoints": 1, "num-workers": 1}
-    if job.budget_s:
-        probe = {"num-rounds": job.probe_rounds, "train.schedule": "constant", "run-dir": str(home / "probe")}
-        run_local(parse({**keys, **probe}), show=None)
-        keys |= rounds_within(home / "probe" / "events.jsonl", job.budget_s)
     run_local(parse({**keys, "run-dir": str(folder)}), show=None)
     while (more := rounds_until(folder / "events.jsonl", job.until_s)) > 0:
         before, folder = folder, home / str(int(folder.name) + 1)
@@ -180,19 +171,6 @@ def _outcome(job: Job, home: Path) -> dict[str, Any]:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(folder / "clients", ignore_errors=True)
     return outcome
-
-
-def rounds_within(log: Path, budget_s: float) -> Keys:
-    """The rounds that fit into a virtual time, with their evaluations, at the pace of the second half of a probe.
-
-    What makes the first rounds longer, such as a mask phase, is charged once.
-    """
-    times = [0.0] + [row["time_s"] for row in read(log) if row["event"] == "merge"]
-    done = len(times) - 1
-    pace_s = (times[-1] - times[done // 2]) / (done - done // 2)
-    num_rounds = done + max(0, round((budget_s - times[-1]) / max(pace_s, 1e-9)))
-    every = max(1, num_rounds // NUM_POINTS)
-    return {"num-rounds": num_rounds, "evaluation.every": every, "evaluation.family-every": every}
 
 
 def rounds_until(log: Path, until_s: float) -> int:

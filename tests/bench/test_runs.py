@@ -87,13 +87,6 @@ def test_the_rounds_still_needed_are_those_of_the_present_pace(times, until_s, r
     assert rounds_until(tmp_path / "log", until_s) == rounds
 
 
-def test_a_run_takes_the_rounds_that_fit_into_its_time(tmp_path):
-    assert run_job(Job("short", TINY, tmp_path, last_merge)) == ("short", "")
-    budget_s = 7 * load(tmp_path / "short.json")["times"][0]
-    assert run_job(Job("long", TINY, tmp_path, last_merge, budget_s=budget_s)) == ("long", "")
-    assert load(tmp_path / "long.json")["times"][-1] == pytest.approx(budget_s, rel=1 / 7)
-
-
 def test_no_run_is_started_after_the_time_for_all_is_over(tmp_path):
     reason = run_job(Job("late", TINY, tmp_path, last_merge), time.monotonic() - 1)[1]
     assert reason == "the time for all runs is over"
