@@ -4,9 +4,10 @@
     python -m bench.cos2p --task digits --seeds 1
     python -m bench.cos2p --quick                  # a small comparison, a few minutes
 
-Every run is kept in results/bench/cos2p; a run that is there is not repeated. Each method goes on, at one learning rate,
-until the same virtual time has passed, so that its curve can be read at any time before, too. The clock is the fleet's;
-memory is measured in client processes of their own, one for each device class and phase. The CIFAR tasks need ``--data-dir`` with NAME.npz or torchvision's files; without them they are left out.
+Every run is kept in results/bench/cos2p; a run that is there is not repeated. Each method goes on, at one learning
+rate, until the same virtual time has passed, so that its curve can be read at any time before, too. The clock is the
+fleet's; memory is measured in client processes of their own, one for each device class and phase. The CIFAR tasks need
+``--data-dir`` with NAME.npz or torchvision's files; without them they are left out.
 """
 
 from __future__ import annotations
