@@ -27,6 +27,7 @@ from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
 from strategies.cos2p_rule import (
     Coverage,
+    agreed_mask,
     budgets_of,
     co_s2p_weight,
     covering_spec,
@@ -44,6 +45,7 @@ from wire.message import Report
 from wire.spec import spec_from_json, spec_to_json
 
 OF_MASKS = ("mask-receptions", "mask-epochs", "mask-learning-rate", "mask-penalty", "mask-select")
+LEARNED = ("agreed", "learned")
 OF_TEACHING = ("temperature", "kd-weight", "kd-start")
 """Settings of the mask phase, and of exits that teach others."""
 
@@ -58,7 +60,8 @@ class CoS2PConfig:
         ``device:SHARE`` of each simulated device's own memory.
     assignment : ``capability`` (equal parts of the clients per budget, faster devices the larger) or ``cycle``.
     solver : ``paper`` (one rate for depth and width) or ``fit`` (the deepest exit whose training fits, then the width).
-    masks : ``learned`` on the client, ``random`` or ``first`` units.
+    masks : ``agreed`` (clients learn which units matter on their data, and keep those that most of them chose),
+        ``learned`` (each keeps its own choice, as in the paper), ``random`` or ``first`` units.
     mask_receptions : merged answers in which a client learns its mask, before it is fixed.
     mask_epochs, mask_learning_rate : of the mask phase; the rate is that of the scores.
     mask_penalty : lambda of ``|mean(gates) - width rate|``.
@@ -109,7 +112,7 @@ class CoS2PConfig:
         for key, value, choices in (
             ("assignment", self.assignment, ("capability", "cycle")),
             ("solver", self.solver, ("paper", "fit")),
-            ("masks", self.masks, ("learned", "random", "first")),
+            ("masks", self.masks, (*LEARNED, "random", "first")),
             ("mask-select", self.mask_select, ("top-k", "bernoulli")),
             ("transfer", self.transfer, ("deepest-teaches", "mutual", "none")),
             ("client-weight", self.client_weight, ("co-s2p", "samples", "uniform", "polynomial")),
@@ -137,9 +140,10 @@ class CoS2P(SubModelStrategy):
         self._groups = inner_groups(self.layout, self.cost.shapes)
         self._full_depth = exit_depths(self.layout)[-1]
         self._budgets = budgets_of(self.config.budgets, self.setting, self.config.assignment)
-        self._learns = self.config.masks == "learned"
+        self._learns = self.config.masks in LEARNED
         self._capabilities = solve_budgets(self._budgets, self.setting, self._groups, self.config.solver, self._learns)
         self._masks: dict[int, SubModelSpec] = {}
+        self._agreed: dict[Capability, SubModelSpec] = {}
         self._receptions: dict[int, int] = {}
         self._coverage = Coverage(self.layout, self._groups)
         self._turns: dict[int, int] = {}
@@ -188,7 +192,7 @@ class CoS2P(SubModelStrategy):
         """Say so where settings were changed that do nothing beside others, and where nobody will ever teach."""
         c, job = self.config, self.setting.job
         rules = (
-            (c.masks != "learned", f"cos2p.masks={c.masks}", OF_MASKS),
+            (not self._learns, f"cos2p.masks={c.masks}", OF_MASKS),
             (c.transfer == "none", "cos2p.transfer=none", OF_TEACHING),
         )
         for sentence in idle_settings(c, rules, self.name):
@@ -223,6 +227,7 @@ class CoS2P(SubModelStrategy):
         if report.narrowed is not None:
             pid = arrival.entry.partition_id
             self._masks[pid], self._receptions[pid] = report.narrowed, self._receptions.get(pid, 0) + 1
+            self._agreed.clear()
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Under the configured norm; entries without a holder are warned about with their blocks' names."""
@@ -246,7 +251,7 @@ class CoS2P(SubModelStrategy):
 
     def evaluation_order(self, partition_id: int) -> Order:
         """The client's sub-model, and the exit it has found best."""
-        spec = self._masks.get(partition_id) or self._order(partition_id, 1).spec
+        spec = self._mask(partition_id) or self._order(partition_id, 1).spec
         depth = len(self.layout.blocks) if spec.depth is None else spec.depth
         if 0 < self._trained_depth < depth:  # an exit that nobody has trained says nothing
             within = {group.name for group in groups_within(self._groups, self.layout, self._trained_depth)}
@@ -268,6 +273,7 @@ class CoS2P(SubModelStrategy):
         """Go on from ``export_state``."""
         masks = {int(pid): spec_from_json(text) for pid, text in own["masks"].items()}
         self._masks = {pid: spec for pid, spec in masks.items() if spec is not None}
+        self._agreed.clear()
         self._receptions = {int(pid): count for pid, count in own["receptions"].items()}
         self._coverage.restore(own["coverage"])
         self._turns = {int(pid): version for pid, version in own.get("turns", {}).items()}  # older checkpoints: none
@@ -285,10 +291,11 @@ class CoS2P(SubModelStrategy):
         settings, objective = self._settings(server_round), self._objective()
         if capability.width_rate == 1 or not groups_within(self._groups, self.layout, capability.depth):
             return Order(whole, objective, settings)  # no unit that could be left out
-        if self.config.masks != "learned":
+        if not self._learns:
             return Order(self._fixed_mask(pid, capability), objective, settings)
-        if self._receptions.get(pid, 0) >= self.config.mask_receptions:
-            return Order(self._masks[pid], objective, settings)
+        mask = self._mask(pid)
+        if mask is not None and self._receptions[pid] >= self.config.mask_receptions:
+            return Order(mask, objective, settings)
         base, *corrections = objective.split("+")
         settings = settings | {
             "then": base,
@@ -309,6 +316,18 @@ class CoS2P(SubModelStrategy):
     def _settings(self, server_round: int) -> dict[str, Scalar]:
         weight = self.config.kd_weight if server_round >= self.config.kd_start else 0.0
         return {"temperature": self.config.temperature, "distillation-weight": weight}
+
+    def _mask(self, pid: int) -> SubModelSpec | None:
+        """What a client's mask phase has come to, so far: its own choice, or all clients' for its size."""
+        own = self._masks.get(pid)
+        if own is None or self.config.masks == "learned":
+            return own
+        capability = self._capabilities[pid]
+        if capability not in self._agreed:
+            held = sub_model_at(self.layout, self._groups, capability.depth, capability.width_rate)
+            sizes = {group.name: group.size for group in self._groups}
+            self._agreed[capability] = agreed_mask(held, sizes, self._masks.values())
+        return self._agreed[capability]
 
     def _fixed_mask(self, pid: int, capability: Capability) -> SubModelSpec:
         held = sub_model_at(self.layout, self._groups, capability.depth, capability.width_rate)
@@ -341,7 +360,7 @@ class CoS2P(SubModelStrategy):
         self._turns[pid] = version
         own = self._capabilities[pid]
         capability = own if depth <= own.depth else self._tall[pid]
-        mask = self._masks.get(pid, SubModelSpec())
+        mask = self._mask(pid) or SubModelSpec()
         return pid, covering_spec(self.layout, self._groups, capability, mask, wanted)
 
     def _answers_a_merge(self) -> float:

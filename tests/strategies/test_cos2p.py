@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,20 @@ def test_masks_are_learned_at_the_first_two_receptions_then_fixed_and_never_at_r
             assert instruction.spec == learned[instruction.partition_id][-1]
     assert {pid: spec.depth for pid, (_, spec) in learned.items()} == {1: 3, 2: 2, 3: 1}
     assert {pid: len(spec.units["block0.mlp"]) for pid, (_, spec) in learned.items()} == {1: 96, 2: 64, 3: 32}
+
+
+def test_agreed_masks_are_those_that_most_clients_have_learned_each_a_part_of_the_larger_ones(tmp_path):
+    spy = Spy()
+    tiny_run(tmp_path / "run", spy, num_rounds=2, **{**VIT, "cos2p.masks": "agreed", "cos2p.mask-receptions": 1})
+    learned = [report.narrowed for i, report in spy.seen if i.server_round == 1 and i.partition_id]
+    specs = {i.partition_id: i.spec for i, _ in spy.seen if i.server_round == 2}
+    for name in ("block0.mlp", "block0.heads"):
+        kept = [set(specs[pid].units.get(name, range(4))) for pid in (3, 2, 1)]
+        assert kept[0] <= kept[1] <= kept[2]
+        votes = Counter(unit for mask in learned for unit in mask.units.get(name, ()))
+        assert min(votes[unit] for unit in kept[0]) >= max(votes[unit] for unit in set(votes) - kept[0])
+    assert len(specs[3].units["block0.mlp"]) == 32
+    assert not any(i.objective.startswith("mask-learning") for i, _ in spy.seen if i.server_round == 2)
 
 
 def test_a_client_whose_blocks_have_no_unit_to_choose_learns_no_mask(tmp_path):
