@@ -86,12 +86,14 @@ TASKS: dict[str, Task] = {
 OURS: Keys = {"strategy": "cos2p", "cos2p.budgets": RATES, "cos2p.mask-epochs": 5, "cos2p.kd-start": 5}
 METHODS: dict[str, Keys] = {
     "cos2p": OURS,
+    "cos2p own masks": {**OURS, "cos2p.masks": "learned"},
     "cos2p random masks": {**OURS, "cos2p.masks": "random"},
     "cos2p first units": {**OURS, "cos2p.masks": "first"},
     "cos2p no distillation": {**OURS, "cos2p.transfer": "none"},
     "cos2p mutual": {**OURS, "cos2p.transfer": "mutual"},
     "cos2p synchronous": {**OURS, "cos2p.quorum-ratio": 1.0},
     "cos2p global norm": {**OURS, "cos2p.coverage-norm": "global"},
+    "cos2p published weight": {**OURS, "cos2p.client-weight": "published"},
     "cos2p samples": {**OURS, "cos2p.client-weight": "samples"},
     "cos2p uniform": {**OURS, "cos2p.client-weight": "uniform"},
     "cos2p polynomial": {**OURS, "cos2p.client-weight": "polynomial"},

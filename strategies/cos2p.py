@@ -4,8 +4,8 @@ Client i of rate r_i keeps the first ``floor(r_i L)`` blocks and, in each, the s
 learns on its own data with the weights frozen, the first two times it is asked; then its mask is fixed. The deepest
 exit that it holds teaches its shallower ones. The server merges as soon as a quorum has answered::
 
-    theta_k += sum_{i holds k} c_i delta_ik / sum_{i holds k} c_i                     (``coverage-norm = per-entry``)
-    c_i = (||delta_i||_1 / r_i) / (||theta_now - theta_sent_to_i||_1 + 1)             (``client-weight = co-s2p``)
+    theta_k += sum_{i holds k} c_i delta_ik / sum_{i holds k} c_i                        (``coverage-norm = per-entry``)
+    c_i = (||delta_i||_1 / r_i) / (||theta_now - theta_sent_to_i||_1 / ||delta_i||_1 + 1)   (``client-weight = co-s2p``)
 
 What is the paper's and what is ours: docs/fidelity.md.
 """
@@ -34,6 +34,7 @@ from strategies.cos2p_rule import (
     full_depth_capabilities,
     l1_distance,
     parse_budgets,
+    published_weight,
     solve_budgets,
 )
 from strategies.exchange import Arrival, Entry
@@ -46,6 +47,7 @@ from wire.spec import spec_from_json, spec_to_json
 
 OF_MASKS = ("mask-receptions", "mask-epochs", "mask-learning-rate", "mask-penalty", "mask-select")
 LEARNED = ("agreed", "learned")
+BY_STEPS = {"co-s2p": co_s2p_weight, "published": published_weight}
 OF_TEACHING = ("temperature", "kd-weight", "kd-start")
 """Settings of the mask phase, and of exits that teach others."""
 
@@ -68,7 +70,8 @@ class CoS2PConfig:
     mask_select : final mask: ``top-k`` of the scores per group, or drawn (``bernoulli``), which misses the rate.
     transfer : ``deepest-teaches``, ``mutual`` or ``none``; for models with exits (``model.exits``).
     temperature, kd_weight, kd_start : of the distillation; it begins in round ``kd-start``.
-    client_weight : ``co-s2p``, ``samples``, ``uniform`` or ``polynomial`` (n (1 + staleness)^-0.5).
+    client_weight : ``co-s2p``; ``published``, whose staleness term depends on the model's size; ``samples``,
+        ``uniform`` or ``polynomial`` (n (1 + staleness)^-0.5).
     coverage_norm : ``per-entry`` divides by the weight of an entry's holders, ``global`` by that of the whole merge.
     rotate_coverage : one client at a time takes over, in turn, what nobody has held since all were heard; a turn is no
         reception of its mask phase, whose scores wait.
@@ -82,7 +85,7 @@ class CoS2PConfig:
     budgets: str = "1,0.75,0.5,0.25"
     assignment: str = "capability"
     solver: str = "paper"
-    masks: str = "learned"
+    masks: str = "agreed"
     mask_receptions: int = 2
     mask_epochs: int = 20
     mask_learning_rate: float = 0.01
@@ -115,7 +118,7 @@ class CoS2PConfig:
             ("masks", self.masks, (*LEARNED, "random", "first")),
             ("mask-select", self.mask_select, ("top-k", "bernoulli")),
             ("transfer", self.transfer, ("deepest-teaches", "mutual", "none")),
-            ("client-weight", self.client_weight, ("co-s2p", "samples", "uniform", "polynomial")),
+            ("client-weight", self.client_weight, (*BY_STEPS, "samples", "uniform", "polynomial")),
             ("coverage-norm", self.coverage_norm, ("per-entry", "global")),
             ("exit-choice", self.exit_choice, ("personal", "deepest")),
         ):
@@ -136,7 +139,7 @@ class CoS2P(SubModelStrategy):
             self.loop = replace(self.loop, quorum=quorum_of(self.config.quorum_ratio, num_clients))
         if not self.loop.is_barrier:
             self.loop = replace(self.loop, max_staleness=self.loop.max_staleness or self.config.max_staleness)
-        self.needs_versions = self.config.client_weight == "co-s2p" and self.loop.max_staleness != 0
+        self.needs_versions = self.config.client_weight in BY_STEPS and self.loop.max_staleness != 0
         self._groups = inner_groups(self.layout, self.cost.shapes)
         self._full_depth = exit_depths(self.layout)[-1]
         self._budgets = budgets_of(self.config.budgets, self.setting, self.config.assignment)
@@ -386,7 +389,7 @@ class CoS2P(SubModelStrategy):
         step = l1_distance(now, report.state)
         drift = l1_distance(now, self.sent_state(entry, held)) if staleness else 0.0
         # An answer that changed nothing still counts as somebody who holds its entries.
-        return max(co_s2p_weight(step, self._capabilities[entry.partition_id].rate, drift), 1e-12)
+        return max(BY_STEPS[rule](step, self._capabilities[entry.partition_id].rate, drift), 1e-12)
 
     def _missed_blocks(self, merged: AggregateResult) -> str:
         blocks = {self.layout.block_of(key) for key, holders in merged.holders.items() if float(holders.min()) == 0}

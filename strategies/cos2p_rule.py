@@ -157,13 +157,24 @@ def l1_distance(first: State, second: State) -> float:
 
 
 def co_s2p_weight(step_l1: float, rate: float, drift_l1: float) -> float:
-    """c_i = (||delta_i||_1 / rate_i) / (||theta_now - theta_sent||_1 + 1): steps of small, fresh sub-models count more.
+    """c_i = (||delta_i||_1 / rate_i) / (||theta_now - theta_sent||_1 / ||delta_i||_1 + 1).
+
+    Steps of small, fresh sub-models count more; where the model has moved as far as the step is long, it counts half.
 
     Parameters
     ----------
     step_l1 : of what the client changed, over its own entries.
     rate : of its sub-model, in (0, 1].
     drift_l1 : how far the global model has moved on these entries since it was sent.
+    """
+    return step_l1 / rate * (step_l1 / (step_l1 + drift_l1) if step_l1 else 0.0)
+
+
+def published_weight(step_l1: float, rate: float, drift_l1: float) -> float:
+    """c_i = (||delta_i||_1 / rate_i) / (||theta_now - theta_sent||_1 + 1), with the same parameters.
+
+    As published, where staleness was always 0. Beside sums over many entries the 1 vanishes, and stale answers with it
+    (docs/decisions/0077).
     """
     return step_l1 / rate / (drift_l1 + 1.0)
 

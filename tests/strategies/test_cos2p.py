@@ -74,7 +74,7 @@ def states_of(folder: Path, num_rounds: int) -> list[dict[str, torch.Tensor]]:
     ("weight", "norm"),
     slow_but(
         [("co-s2p", "per-entry"), ("samples", "global")],
-        product(["co-s2p", "samples", "uniform", "polynomial"], ["per-entry", "global"]),
+        product(["co-s2p", "published", "samples", "uniform", "polynomial"], ["per-entry", "global"]),
     ),
 )
 def test_a_merge_is_the_weighted_mean_of_steps_over_holders_or_over_everybody(norm, weight, tmp_path):
@@ -94,6 +94,7 @@ def test_a_merge_is_the_weighted_mean_of_steps_over_holders_or_over_everybody(no
         delta = {key: report.state[key].double() - sent[key].double() for key in sent}
         c = {
             "co-s2p": l1_distance(sent, report.state) / rates[instruction.partition_id],
+            "published": l1_distance(sent, report.state) / rates[instruction.partition_id],
             "samples": report.num_examples,
             "polynomial": report.num_examples,
             "uniform": 1.0,
@@ -125,7 +126,7 @@ def test_with_everybody_whole_uniform_weights_and_all_waited_for_it_is_fedavg(tm
 @pytest.mark.slow
 def test_masks_are_learned_at_the_first_two_receptions_then_fixed_and_never_at_rate_1(tmp_path):
     spy = Spy()
-    tiny_run(tmp_path / "run", spy, num_rounds=3, **VIT)
+    tiny_run(tmp_path / "run", spy, num_rounds=3, **{**VIT, "cos2p.masks": "learned"})
     learned: dict[int, list[SubModelSpec]] = defaultdict(list)
     for instruction, report in spy.seen:
         asks = instruction.objective.startswith("mask-learning")

@@ -19,6 +19,7 @@ from strategies.cos2p_rule import (
     full_depth_capabilities,
     l1_distance,
     parse_budgets,
+    published_weight,
 )
 from tests.vits import small
 from wire.flat import ConfigError
@@ -62,10 +63,23 @@ def test_budgets_that_are_none_are_refused(text):
 
 @given(step=st.floats(0, 1e6), rate=st.floats(0.01, 1), drift=st.floats(0, 1e6), further=st.floats(0.01, 1e3))
 def test_a_client_weight_grows_with_the_step_and_falls_with_rate_and_drift(step, rate, drift, further):
-    weight = co_s2p_weight(step, rate, drift)
-    assert weight == pytest.approx((step / rate) / (drift + 1), rel=1e-12, abs=1e-300)
-    assert co_s2p_weight(step, rate, drift + further) <= weight
-    assert co_s2p_weight(step + further, rate, drift) >= weight
+    expected = {
+        co_s2p_weight: (step / rate) / (drift / step + 1) if step > 1e-100 else 0.0,
+        published_weight: (step / rate) / (drift + 1),
+    }
+    for rule, value in expected.items():
+        weight = rule(step, rate, drift)
+        assert weight == pytest.approx(value, rel=1e-12, abs=1e-100)
+        assert rule(step, rate, drift + further) <= weight
+        assert rule(step + further, rate, drift) >= weight
+
+
+@given(step=st.floats(1e-3, 1e6), drift=st.floats(0, 1e6), size=st.floats(1e-3, 1e6))
+def test_how_much_staleness_costs_does_not_depend_on_the_size_of_the_model(step, drift, size):
+    fresh, stale = (co_s2p_weight(step, 0.5, d) for d in (0.0, drift))
+    larger = [co_s2p_weight(step * size, 0.5, d * size) for d in (0.0, drift)]
+    assert larger[1] / larger[0] == pytest.approx(stale / fresh, rel=1e-9)
+    assert stale / fresh == pytest.approx(step / (step + drift))
 
 
 def test_an_agreed_mask_keeps_what_most_masks_keep():
