@@ -181,14 +181,18 @@ def outcome(log: Path) -> dict[str, Any]:
     arrivals = [row for row in rows if row["event"] == "arrival"]
     merges = [row for row in rows if row["event"] == "merge"]
     personal = {row["server_round"]: row for row in rows if row.get("where") == "federated"}
-    curve = []
+    curve, upload_bytes = [], 0
     for row in rows:
-        if row["event"] == "evaluation" and row["where"] == "central":
+        if row["event"] == "arrival":
+            upload_bytes += row["upload_bytes"]
+        elif row["event"] == "evaluation" and row["where"] == "central":
             family = {member["name"]: member["accuracy"] for member in row.get("family", [])}
             clients = personal.get(row["server_round"], {}).get("clients", {})
             curve.append(
                 {
                     "time_s": row["time_s"],
+                    "rounds": row["server_round"],
+                    "upload_bytes": upload_bytes,
                     "base": row["accuracy"],
                     "best": best_of([row, *row.get("family", [])]),
                     "family": family,
@@ -202,8 +206,6 @@ def outcome(log: Path) -> dict[str, Any]:
         "time_s": merges[-1]["time_s"],
         "num_rounds": len(merges),
         "utilisation": utilisation(busy_s, num_clients, max(last, merges[-1]["time_s"])),
-        "upload_bytes": sum(row["upload_bytes"] for row in arrivals),
-        "download_bytes": sum(row["download_bytes"] for row in arrivals),
         "n_star": statistics.median(row["n_star"] for row in merges),
         "stale_ratio": sum(row["staleness"] > 0 for row in arrivals) / len(arrivals),
         "peak_memory": {str(pid): max(_peaks(arrivals, pid)) for pid in sorted({r["partition_id"] for r in arrivals})},
@@ -256,25 +258,25 @@ def figures(run: Mapping[str, Any], budget_s: float, target: float | None) -> di
     point = at_time(run, budget_s)
     clients = list(point["clients"].values())
     return {
-        "rounds": run["num_rounds"],
+        "rounds": point["rounds"],
         "base": point["base"],
         "best of family": point["best"],
+        "in half the time": best_at(run, budget_s / 2),
         "clients' own": statistics.fmean(clients) if clients else float("nan"),
         "first exit": point["family"].get("exit 1", float("nan")),
         "time to target": float("nan") if target is None else first_reaching(run["curve"], target),
         "utilisation": run["utilisation"],
         "median N*": run["n_star"],
-        "upload MB": run["upload_bytes"] / 1e6,
+        "upload MB": point["upload_bytes"] / 1e6,
     }
 
 
 def slim(run: Mapping[str, Any], budget_s: float) -> dict[str, Any]:
     """What of a run is kept with the figures."""
     point = at_time(run, budget_s)
-    kept = {
-        name: run[name] for name in ("num_rounds", "time_s", "utilisation", "n_star", "stale_ratio", "upload_bytes")
-    }
-    return kept | {"base": point["base"], "best": point["best"], "family": point["family"]}
+    kept = {name: run[name] for name in ("num_rounds", "time_s", "utilisation", "n_star", "stale_ratio")}
+    curve = [[round(p["time_s"], 3), round(p["best"], 4)] for p in run["curve"]]
+    return kept | {name: point[name] for name in ("upload_bytes", "base", "best", "family")} | {"curve": curve}
 
 
 def claims(runs: Runs, budget_s: float, memory: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

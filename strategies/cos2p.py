@@ -1,8 +1,9 @@
 """Co-S2P (Li et al. 2024, arXiv 2410.08457): semi-asynchronous training of depth- and width-pruned models.
 
-Client i of rate r_i keeps the first ``floor(r_i L)`` blocks and, in each, the share r_i of the units. Which ones, it
-learns on its own data with the weights frozen, the first two times it is asked; then its mask is fixed. The deepest
-exit that it holds teaches its shallower ones. The server merges as soon as a quorum has answered::
+Client i of rate r_i keeps the first ``floor(r_i L)`` blocks and, in each, the share r_i of the units. Which ones matter,
+it learns on its own data with the weights frozen, the first two times it is asked; then it keeps those that most
+clients have chosen (``masks = agreed``) or its own. The deepest exit that it holds teaches its shallower ones. The
+server merges as soon as a quorum has answered::
 
     theta_k += sum_{i holds k} c_i delta_ik / sum_{i holds k} c_i                        (``coverage-norm = per-entry``)
     c_i = (||delta_i||_1 / r_i) / (||theta_now - theta_sent_to_i||_1 / ||delta_i||_1 + 1)   (``client-weight = co-s2p``)

@@ -510,7 +510,7 @@ def test_a_late_answer_counts_less_the_further_the_model_has_moved(tmp_path):
             report = answers[row["partition_id"], row["global_version_sent"]]
             drift = l1_distance(before, states[row["global_version_sent"]])
             step = sum(float(d.abs().sum()) for d in report.state.values())
-            weighed.append((step / (drift + 1), report.state))
+            weighed.append((step / (drift / step + 1), report.state))
             num_stale += row["staleness"] > 0
         total = sum(c for c, _ in weighed)
         for key, tensor in after.items():
