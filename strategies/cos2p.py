@@ -1,9 +1,9 @@
 """Co-S2P (Li et al. 2024, arXiv 2410.08457): semi-asynchronous training of depth- and width-pruned models.
 
-Client i of rate r_i keeps the first ``floor(r_i L)`` blocks and, in each, the share r_i of the units. Which ones matter,
-it learns on its own data with the weights frozen, the first two times it is asked; then it keeps those that most
-clients have chosen (``masks = agreed``) or its own. The deepest exit that it holds teaches its shallower ones. The
-server merges as soon as a quorum has answered::
+Client i of rate r_i keeps the first ``floor(r_i L)`` blocks and, in each, the share r_i of the units. Which of them
+matter, it learns on its own data with the weights frozen, the first two times it is asked; then it keeps those that
+most clients have chosen (``masks = agreed``) or its own. The deepest exit that it holds teaches its shallower ones.
+The server merges as soon as a quorum has answered::
 
     theta_k += sum_{i holds k} c_i delta_ik / sum_{i holds k} c_i                        (``coverage-norm = per-entry``)
     c_i = (||delta_i||_1 / r_i) / (||theta_now - theta_sent_to_i||_1 / ||delta_i||_1 + 1)   (``client-weight = co-s2p``)
@@ -47,10 +47,12 @@ from wire.message import Report
 from wire.spec import spec_from_json, spec_to_json
 
 OF_MASKS = ("mask-receptions", "mask-epochs", "mask-learning-rate", "mask-penalty", "mask-select")
-LEARNED = ("agreed", "learned")
-BY_STEPS = {"co-s2p": co_s2p_weight, "published": published_weight}
 OF_TEACHING = ("temperature", "kd-weight", "kd-start")
 """Settings of the mask phase, and of exits that teach others."""
+LEARNED, NESTED = ("agreed", "learned"), ("agreed", "first")
+"""Values of ``masks`` that need a mask phase; and those under which a smaller sub-model is part of every larger one."""
+BY_STEPS = {"co-s2p": co_s2p_weight, "published": published_weight}
+"""Client weights that are made of how far the client and the global model have moved."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,14 @@ class CoS2P(SubModelStrategy):
         )
         for sentence in idle_settings(c, rules, self.name):
             self.warn(0, sentence)
+        widest = max(capability.width_rate for capability in self._capabilities)
+        if c.masks in NESTED and widest < 1 and not c.rotate_coverage:
+            self.warn(
+                0,
+                f"cos2p.masks={c.masks}: smaller sub-models are parts of larger ones, and no client keeps more than "
+                f"{widest:.2g} of a layer's units: the others are never trained. Give one client more, set "
+                "cos2p.rotate-coverage=true, or cos2p.masks=learned",
+            )
         teaches = job.model.exits and c.transfer != "none" and c.kd_weight > 0
         if teaches and c.kd_start > job.num_rounds:
             self.warn(
