@@ -19,16 +19,13 @@ from functools import cached_property
 from math import ceil
 from typing import Any
 
-import numpy as np
-
 from pruning.capability import Capability, exit_depths, groups_within, inner_groups, sub_model_at
 from pruning.merge import AggregateResult, MaskedMean, holders_mean, residual_mean
-from pruning.select import select_random
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
+from strategies.cos2p_masks import KINDS, LEARNED, NESTED, Masks
 from strategies.cos2p_rule import (
     Coverage,
-    agreed_mask,
     budgets_of,
     co_s2p_weight,
     covering_spec,
@@ -44,13 +41,10 @@ from strategies.loop import quorum_of
 from strategies.setting import Order
 from wire.flat import Scalar, refuse, require, require_choice
 from wire.message import Report
-from wire.spec import spec_from_json, spec_to_json
 
 OF_MASKS = ("mask-receptions", "mask-epochs", "mask-learning-rate", "mask-penalty", "mask-select")
 OF_TEACHING = ("temperature", "kd-weight", "kd-start")
 """Settings of the mask phase, and of exits that teach others."""
-LEARNED, NESTED = ("agreed", "learned"), ("agreed", "first")
-"""Values of ``masks`` that need a mask phase; and those under which a smaller sub-model is part of every larger one."""
 BY_STEPS = {"co-s2p": co_s2p_weight, "published": published_weight}
 """Client weights that are made of how far the client and the global model have moved."""
 
@@ -118,7 +112,7 @@ class CoS2PConfig:
         for key, value, choices in (
             ("assignment", self.assignment, ("capability", "cycle")),
             ("solver", self.solver, ("paper", "fit")),
-            ("masks", self.masks, (*LEARNED, "random", "first")),
+            ("masks", self.masks, KINDS),
             ("mask-select", self.mask_select, ("top-k", "bernoulli")),
             ("transfer", self.transfer, ("deepest-teaches", "mutual", "none")),
             ("client-weight", self.client_weight, (*BY_STEPS, "samples", "uniform", "polynomial")),
@@ -148,9 +142,8 @@ class CoS2P(SubModelStrategy):
         self._budgets = budgets_of(self.config.budgets, self.setting, self.config.assignment)
         self._learns = self.config.masks in LEARNED
         self._capabilities = solve_budgets(self._budgets, self.setting, self._groups, self.config.solver, self._learns)
-        self._masks: dict[int, SubModelSpec] = {}
-        self._agreed: dict[Capability, SubModelSpec] = {}
-        self._receptions: dict[int, int] = {}
+        c = self.config
+        self._masks = Masks(c.masks, self.layout, self._groups, self._capabilities, c.mask_receptions, self.seed)
         self._coverage = Coverage(self.layout, self._groups)
         self._turns: dict[int, int] = {}
         self._trained_depth = 0
@@ -239,9 +232,7 @@ class CoS2P(SubModelStrategy):
     def observe(self, arrival: Arrival, report: Report) -> None:
         """Note the mask that the client has learned."""
         if report.narrowed is not None:
-            pid = arrival.entry.partition_id
-            self._masks[pid], self._receptions[pid] = report.narrowed, self._receptions.get(pid, 0) + 1
-            self._agreed.clear()
+            self._masks.note(arrival.entry.partition_id, report.narrowed)
 
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """Under the configured norm; entries without a holder are warned about with their blocks' names."""
@@ -265,7 +256,7 @@ class CoS2P(SubModelStrategy):
 
     def evaluation_order(self, partition_id: int) -> Order:
         """The client's sub-model, and the exit it has found best."""
-        spec = self._mask(partition_id) or self._order(partition_id, 1).spec
+        spec = self._masks.of(partition_id)
         depth = len(self.layout.blocks) if spec.depth is None else spec.depth
         if 0 < self._trained_depth < depth:  # an exit that nobody has trained says nothing
             within = {group.name for group in groups_within(self._groups, self.layout, self._trained_depth)}
@@ -275,8 +266,7 @@ class CoS2P(SubModelStrategy):
     def export_state(self) -> dict[str, Any]:
         """Masks, how often each was learned, coverage and whose turn it was when."""
         return {
-            "masks": {str(pid): spec_to_json(spec) for pid, spec in self._masks.items()},
-            "receptions": {str(pid): count for pid, count in self._receptions.items()},
+            **self._masks.export(),
             "coverage": self._coverage.export(),
             "turns": {str(pid): version for pid, version in self._turns.items()},
             "trained_depth": self._trained_depth,
@@ -285,10 +275,7 @@ class CoS2P(SubModelStrategy):
 
     def import_state(self, own: dict[str, Any]) -> None:
         """Go on from ``export_state``."""
-        masks = {int(pid): spec_from_json(text) for pid, text in own["masks"].items()}
-        self._masks = {pid: spec for pid, spec in masks.items() if spec is not None}
-        self._agreed.clear()
-        self._receptions = {int(pid): count for pid, count in own["receptions"].items()}
+        self._masks.restore(own)
         self._coverage.restore(own["coverage"])
         self._turns = {int(pid): version for pid, version in own.get("turns", {}).items()}  # older checkpoints: none
         self._trained_depth, self._warned = own["trained_depth"], set(own["warned"])
@@ -300,16 +287,11 @@ class CoS2P(SubModelStrategy):
     # --- orders ------------------------------------------------------------------------------------------------------
 
     def _order(self, pid: int, server_round: int) -> Order:
+        settings, objective = self._settings(server_round), self._objective()
+        if not self._masks.is_learning(pid):
+            return Order(self._masks.of(pid), objective, settings)
         capability = self._capabilities[pid]
         whole = sub_model_at(self.layout, self._groups, capability.depth, 1.0)
-        settings, objective = self._settings(server_round), self._objective()
-        if capability.width_rate == 1 or not groups_within(self._groups, self.layout, capability.depth):
-            return Order(whole, objective, settings)  # no unit that could be left out
-        if not self._learns:
-            return Order(self._fixed_mask(pid, capability), objective, settings)
-        mask = self._mask(pid)
-        if mask is not None and self._receptions[pid] >= self.config.mask_receptions:
-            return Order(mask, objective, settings)
         base, *corrections = objective.split("+")
         settings = settings | {
             "then": base,
@@ -330,25 +312,6 @@ class CoS2P(SubModelStrategy):
     def _settings(self, server_round: int) -> dict[str, Scalar]:
         weight = self.config.kd_weight if server_round >= self.config.kd_start else 0.0
         return {"temperature": self.config.temperature, "distillation-weight": weight}
-
-    def _mask(self, pid: int) -> SubModelSpec | None:
-        """What a client's mask phase has come to, so far: its own choice, or all clients' for its size."""
-        own = self._masks.get(pid)
-        if own is None or self.config.masks == "learned":
-            return own
-        capability = self._capabilities[pid]
-        if capability not in self._agreed:
-            held = sub_model_at(self.layout, self._groups, capability.depth, capability.width_rate)
-            sizes = {group.name: group.size for group in self._groups}
-            self._agreed[capability] = agreed_mask(held, sizes, self._masks.values())
-        return self._agreed[capability]
-
-    def _fixed_mask(self, pid: int, capability: Capability) -> SubModelSpec:
-        held = sub_model_at(self.layout, self._groups, capability.depth, capability.width_rate)
-        if self.config.masks == "first":
-            return held
-        widths = {name: len(units) for name, units in held.units.items()}
-        return replace(select_random(self.layout, widths, np.random.default_rng((self.seed, pid))), depth=held.depth)
 
     def _rotated(self, clients: Sequence[int]) -> tuple[int, SubModelSpec] | None:
         """Who takes over what no merge has held since everybody was heard; and which sub-model that is.
@@ -374,8 +337,7 @@ class CoS2P(SubModelStrategy):
         self._turns[pid] = version
         own = self._capabilities[pid]
         capability = own if depth <= own.depth else self._tall[pid]
-        mask = self._mask(pid) or SubModelSpec()
-        return pid, covering_spec(self.layout, self._groups, capability, mask, wanted)
+        return pid, covering_spec(self.layout, self._groups, capability, self._masks.of(pid), wanted)
 
     def _answers_a_merge(self) -> float:
         """How many clients a merge hears: of rounds that only a deadline closes, as many as it was so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -129,25 +129,6 @@ def full_depth_capabilities(
         with suppress(CapabilityError):
             found[budget] = solve_budget(budget, setting, groups, "paper", learns_masks, full_depth)
     return {pid: found[budget] for pid, budget in enumerate(budgets) if budget in found}
-
-
-def agreed_mask(held: SubModelSpec, sizes: Mapping[str, int], masks: Iterable[SubModelSpec]) -> SubModelSpec:
-    """A sub-model as wide and deep as ``held``, of the units that most masks keep; ties go to the lower unit.
-
-    Of one group all clients then hold the same units, a smaller sub-model part of every larger one.
-
-    Parameters
-    ----------
-    sizes : group name -> its units.
-    masks : that clients have learned; one that does not reach a group does not vote there.
-    """
-    votes = {name: np.zeros(sizes[name], dtype=np.int64) for name in held.units}
-    for mask in masks:
-        for name, units in mask.units.items():
-            if name in votes:
-                votes[name][list(units)] += 1
-    kept = {name: np.argsort(-votes[name], kind="stable")[: len(units)] for name, units in held.units.items()}
-    return SubModelSpec.of({name: sorted(units.tolist()) for name, units in kept.items()}, held.depth)
 
 
 def l1_distance(first: State, second: State) -> float:

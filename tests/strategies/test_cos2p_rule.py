@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from pruning.capability import Capability, CapabilityError, inner_groups, sub_model_at
 from pruning.spec import FULL, SubModelSpec
+from strategies.cos2p_masks import agreed_mask
 from strategies.cos2p_rule import (
     Budget,
     Coverage,
-    agreed_mask,
     co_s2p_weight,
     covering_spec,
     full_depth_capabilities,
