@@ -71,7 +71,7 @@ COMMON: Keys = {
     "train.schedule": "constant",
     "evaluation.where": "both",
     "evaluation.family-every": 1,
-    "num-rounds": 5,
+    "num-rounds": 5,  # at first: a run goes on until its time is over
 }
 VIT: Keys = {"model.name": "vit_micro", "train.optimizer": "adam", "train.learning-rate": 0.002}
 RESNET: Keys = {"model.name": "resnet20", "train.learning-rate": 0.05, "train.local-epochs": 2}

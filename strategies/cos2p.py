@@ -19,7 +19,7 @@ from functools import cached_property
 from math import ceil
 from typing import Any
 
-from pruning.capability import Capability, exit_depths, groups_within, inner_groups, sub_model_at
+from pruning.capability import Capability, exit_depths, groups_within, inner_groups
 from pruning.merge import AggregateResult, MaskedMean, holders_mean, residual_mean
 from pruning.spec import SubModelSpec
 from strategies.base import SubModelStrategy
@@ -131,18 +131,17 @@ class CoS2P(SubModelStrategy):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        num_clients = self.setting.job.num_clients
-        if self.loop.quorum == 0 and self.config.quorum_ratio:
-            self.loop = replace(self.loop, quorum=quorum_of(self.config.quorum_ratio, num_clients))
+        c, num_clients = self.config, self.setting.job.num_clients
+        if self.loop.quorum == 0 and c.quorum_ratio:
+            self.loop = replace(self.loop, quorum=quorum_of(c.quorum_ratio, num_clients))
         if not self.loop.is_barrier:
-            self.loop = replace(self.loop, max_staleness=self.loop.max_staleness or self.config.max_staleness)
-        self.needs_versions = self.config.client_weight in BY_STEPS and self.loop.max_staleness != 0
+            self.loop = replace(self.loop, max_staleness=self.loop.max_staleness or c.max_staleness)
+        self.needs_versions = c.client_weight in BY_STEPS and self.loop.max_staleness != 0
         self._groups = inner_groups(self.layout, self.cost.shapes)
         self._full_depth = exit_depths(self.layout)[-1]
-        self._budgets = budgets_of(self.config.budgets, self.setting, self.config.assignment)
-        self._learns = self.config.masks in LEARNED
-        self._capabilities = solve_budgets(self._budgets, self.setting, self._groups, self.config.solver, self._learns)
-        c = self.config
+        self._budgets = budgets_of(c.budgets, self.setting, c.assignment)
+        self._learns = c.masks in LEARNED
+        self._capabilities = solve_budgets(self._budgets, self.setting, self._groups, c.solver, self._learns)
         self._masks = Masks(c.masks, self.layout, self._groups, self._capabilities, c.mask_receptions, self.seed)
         self._coverage = Coverage(self.layout, self._groups)
         self._turns: dict[int, int] = {}
@@ -290,18 +289,16 @@ class CoS2P(SubModelStrategy):
         settings, objective = self._settings(server_round), self._objective()
         if not self._masks.is_learning(pid):
             return Order(self._masks.of(pid), objective, settings)
-        capability = self._capabilities[pid]
-        whole = sub_model_at(self.layout, self._groups, capability.depth, 1.0)
         base, *corrections = objective.split("+")
         settings = settings | {
             "then": base,
-            "width-rate": capability.width_rate,
+            "width-rate": self._capabilities[pid].width_rate,
             "mask-epochs": self.config.mask_epochs,
             "mask-learning-rate": self.config.mask_learning_rate,
             "mask-penalty": self.config.mask_penalty,
             "mask-select": self.config.mask_select,
         }
-        return Order(whole, "+".join(["mask-learning", *corrections]), settings)
+        return Order(self._masks.whole(pid), "+".join(["mask-learning", *corrections]), settings)
 
     def _objective(self) -> str:
         if not self.setting.job.model.exits:

@@ -52,8 +52,7 @@ class Masks:
         """Whether a client, asked now, is in its mask phase; not if there is nothing that it could leave out."""
         if self.kind not in LEARNED or self._receptions.get(pid, 0) >= self.num_receptions:
             return False
-        capability = self.capabilities[pid]
-        return capability.width_rate < 1 and bool(groups_within(self.groups, self.layout, capability.depth))
+        return self._has_choice(self.capabilities[pid])
 
     def note(self, pid: int, learned: SubModelSpec) -> None:
         """A client has answered with the mask that it has learned."""
@@ -63,12 +62,12 @@ class Masks:
     def of(self, pid: int) -> SubModelSpec:
         """A client's sub-model; in its mask phase, what that has come to so far, and all units before."""
         capability = self.capabilities[pid]
-        if capability.width_rate == 1 or not groups_within(self.groups, self.layout, capability.depth):
-            return sub_model_at(self.layout, self.groups, capability.depth, 1.0)
+        if not self._has_choice(capability):
+            return self.whole(pid)
         if self.kind not in LEARNED:
             return self._fixed(pid, capability)
         if pid not in self._own:
-            return sub_model_at(self.layout, self.groups, capability.depth, 1.0)
+            return self.whole(pid)
         if self.kind == "learned":
             return self._own[pid]
         if capability not in self._agreed:
@@ -76,6 +75,13 @@ class Masks:
             sizes = {group.name: group.size for group in self.groups}
             self._agreed[capability] = agreed_mask(held, sizes, self._own.values())
         return self._agreed[capability]
+
+    def whole(self, pid: int) -> SubModelSpec:
+        """All units of a client's blocks: what it learns its mask on."""
+        return sub_model_at(self.layout, self.groups, self.capabilities[pid].depth, 1.0)
+
+    def _has_choice(self, capability: Capability) -> bool:
+        return capability.width_rate < 1 and bool(groups_within(self.groups, self.layout, capability.depth))
 
     def _fixed(self, pid: int, capability: Capability) -> SubModelSpec:
         held = sub_model_at(self.layout, self.groups, capability.depth, capability.width_rate)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from pruning.capability import Capability, CapabilityError, inner_groups, sub_model_at
 from pruning.spec import FULL, SubModelSpec
-from strategies.cos2p_masks import agreed_mask
 from strategies.cos2p_rule import (
     Budget,
     Coverage,
@@ -80,29 +79,6 @@ def test_how_much_staleness_costs_does_not_depend_on_the_size_of_the_model(step,
     larger = [co_s2p_weight(step * size, 0.5, d * size) for d in (0.0, drift)]
     assert larger[1] / larger[0] == pytest.approx(stale / fresh, rel=1e-9)
     assert stale / fresh == pytest.approx(step / (step + drift))
-
-
-def test_an_agreed_mask_keeps_what_most_masks_keep():
-    masks = [
-        SubModelSpec.of({"g": [0, 2]}),
-        SubModelSpec.of({"g": [2, 3]}),
-        SubModelSpec.of({"g": [1, 2, 3], "h": [1]}),
-    ]
-    sizes = {"g": 4, "h": 2}
-    assert agreed_mask(SubModelSpec.of({"g": [0, 1]}, 2), sizes, masks) == SubModelSpec.of({"g": [2, 3]}, 2)
-    assert agreed_mask(SubModelSpec.of({"g": [0, 1, 2], "h": [0]}), sizes, masks).units == {"g": (0, 2, 3), "h": (1,)}
-    assert agreed_mask(SubModelSpec.of({"g": [1, 3]}), sizes, []).units == {"g": (0, 1)}, "nobody has learned one yet"
-
-
-@given(st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=8), max_size=6), st.integers(1, 8), st.integers(1, 8))
-def test_of_agreed_masks_the_smaller_is_part_of_the_larger(kept, first, second):
-    masks = [SubModelSpec.of({"g": sorted(units)}) for units in kept]
-    small, large = (
-        set(agreed_mask(SubModelSpec.of({"g": list(range(width))}), {"g": 8}, masks).units["g"])
-        for width in sorted((first, second))
-    )
-    assert small <= large
-    assert (len(small), len(large)) == tuple(sorted((first, second)))
 
 
 def test_distances_are_sums_over_what_is_trained():
