@@ -57,12 +57,13 @@ def main() -> dict[str, Any]:
     parser = options("gates", __doc__)
     parser.add_argument("--nets", nargs="+", help=f"of {', '.join(NETS)}")
     parser.add_argument("--density", type=float, default=0.5)
-    parser.add_argument("--turns", type=int, default=7, help="of each comparison (default 7)")
+    parser.add_argument("--turns", type=int, default=7, help="of each comparison, at least (default 7)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each comparison, at least (default 8)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="(default 1 64)")
     arguments = parser.parse_args()
     known = QUICK if arguments.quick else NETS
     if arguments.quick:
-        arguments.turns, arguments.batches = 2, [1, 8]
+        arguments.turns, arguments.seconds, arguments.batches = 2, 0.0, [1, 8]
     names = arguments.nets or list(known)
     torch.set_num_threads(1)
     rows = []
@@ -105,7 +106,8 @@ def compare(
             share = label.partition(", ")[2]
             variants[label] = (ready(model, label, share, size), images)
     runs = {label: make(model, images, y) for label, (model, images) in variants.items()}
-    seconds = {label: typical_s(times) for label, times in take_turns(runs, arguments.turns).items()}
+    times = take_turns(runs, arguments.turns, arguments.seconds)  # of a small step a few turns are mostly noise
+    seconds = {label: typical_s(spent) for label, spent in times.items()}
     return [
         {
             "net": name,

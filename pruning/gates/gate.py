@@ -119,8 +119,16 @@ class Gate(nn.Module):
     @property
     def k(self) -> int:
         """Winners among the held units; 0 where the layer is left dense. Without storage, everybody wins."""
-        held = len(self.units)
-        return held if self.num_winners.is_meta else min(int(self.num_winners), held)
+        wanted = self.num_winners
+        if wanted.is_meta:
+            return len(self.units)
+        k = int(wanted)
+        return min(k, len(self.units)) if k else 0
+
+    def forget(self) -> None:
+        """Nobody has won: the layer was run dense. Cheap where that is so already, as in every pass of such a layer."""
+        if self.winners is not None:  # a module's attributes are read for nothing, but set through many checks
+            self.winners = None
 
     def forward(self, salience: Tensor) -> Tensor:
         """Gates of all units of the full layer, whatever the sample's scale: [B, I] -> [B, C]."""

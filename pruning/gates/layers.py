@@ -113,7 +113,7 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wiring = self.wiring
-        before = wiring.source.winners if wiring.source is not None else None
+        before = None if wiring.source is None else wiring.source.winners
         after = None
         if wiring.gate is not None:
             if wiring.gate.k:
@@ -121,8 +121,8 @@ class _Gated(nn.Module):
                 salience = self._in_full(salience, before)
                 after = wiring.gate.decide(salience, wiring.execution.parts_of(len(x)))
             else:
-                wiring.gate.winners = None
-        if wiring.execution.is_compact:
+                wiring.gate.forget()
+        if wiring.execution.is_compact and not (before is None and after is None):
             y = self._compact(x, before, after)
         else:
             y, wiring.executed_ratio = self._product(x, self.weight, self.bias), 1.0

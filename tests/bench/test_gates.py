@@ -21,7 +21,7 @@ def test_training_and_inference_are_both_compared_at_every_batch(monkeypatch, ca
 
 @pytest.mark.parametrize("net", gates.QUICK)
 def test_a_batch_of_one_is_trained_with_winners_of_its_own_and_its_plan_is_judged_like_any_other(net):
-    arguments = argparse.Namespace(seed=0, density=0.5, turns=1)
+    arguments = argparse.Namespace(seed=0, density=0.5, turns=1, seconds=0.0)
     rows = gates.compare(net, gates.QUICK[net], "training", 1, gates.SIZE, arguments)
     labels = ["dense, plain", "dense", "masked", "compact, sample", "planned, sample"]
     assert [row["variant"] for row in rows] == labels
