@@ -154,7 +154,7 @@ def measure_merge(model: str, num_clients: int, seed: int) -> dict[str, float]:
     from pruning.merge import MaskedMean
     from pruning.select import select_random
     from pruning.spec import SubModelSpec
-    from strategies.cos2p_rule import co_s2p_weight, l1_distance
+    from strategies.cos2p_rule import co_s2p_weight, l1_distance, num_trained
     from zoo import get_model
 
     torch.set_num_threads(1)
@@ -175,7 +175,7 @@ def measure_merge(model: str, num_clients: int, seed: int) -> dict[str, float]:
         with timer:
             now = extract(state, layout, spec)
             drift = l1_distance(now, answer)  # stands for the distance to the version it was sent
-            mean.add(answer, spec, co_s2p_weight(l1_distance(now, answer), rate, drift))
+            mean.add(answer, spec, co_s2p_weight(l1_distance(now, answer), num_trained(answer), drift))
         del answer, now
     with timer:
         mean.finalize()

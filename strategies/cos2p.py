@@ -6,7 +6,9 @@ most clients have chosen (``masks = agreed``) or its own. The deepest exit that 
 The server merges as soon as a quorum has answered::
 
     theta_k += sum_{i holds k} c_i delta_ik / sum_{i holds k} c_i                        (``coverage-norm = per-entry``)
-    c_i = (||delta_i||_1 / r_i) / (||theta_now - theta_sent_to_i||_1 / ||delta_i||_1 + 1)   (``client-weight = co-s2p``)
+    c_i = (||delta_i||_1 / n_i) / (||theta_now - theta_sent_to_i||_1 / ||delta_i||_1 + 1)   (``client-weight = co-s2p``)
+
+n_i entries that client i holds.
 
 What is the paper's and what is ours: docs/fidelity.md.
 """
@@ -31,6 +33,7 @@ from strategies.cos2p_rule import (
     covering_spec,
     full_depth_capabilities,
     l1_distance,
+    num_trained,
     parse_budgets,
     published_weight,
     solve_budgets,
@@ -45,7 +48,7 @@ from wire.message import Report
 OF_MASKS = ("mask-receptions", "mask-epochs", "mask-learning-rate", "mask-penalty", "mask-select")
 OF_TEACHING = ("temperature", "kd-weight", "kd-start")
 """Settings of the mask phase, and of exits that teach others."""
-BY_STEPS = {"co-s2p": co_s2p_weight, "published": published_weight}
+BY_STEPS = ("co-s2p", "published")
 """Client weights that are made of how far the client and the global model have moved."""
 
 
@@ -67,7 +70,7 @@ class CoS2PConfig:
     mask_select : final mask: ``top-k`` of the scores per group, or drawn (``bernoulli``), which misses the rate.
     transfer : ``deepest-teaches``, ``mutual`` or ``none``; for models with exits (``model.exits``).
     temperature, kd_weight, kd_start : of the distillation; it begins in round ``kd-start``.
-    client_weight : ``co-s2p``; ``published``, whose staleness term depends on the model's size; ``samples``,
+    client_weight : ``co-s2p``; ``published``, which depends on the sizes of the model and the sub-model; ``samples``,
         ``uniform`` or ``polynomial`` (n (1 + staleness)^-0.5).
     coverage_norm : ``per-entry`` divides by the weight of an entry's holders, ``global`` by that of the whole merge.
     rotate_coverage : one client at a time takes over, in turn, what nobody has held since all were heard; a turn is no
@@ -358,8 +361,11 @@ class CoS2P(SubModelStrategy):
         now = self.present(held)
         step = l1_distance(now, report.state)
         drift = l1_distance(now, self.sent_state(entry, held)) if staleness else 0.0
-        # An answer that changed nothing still counts as somebody who holds its entries.
-        return max(BY_STEPS[rule](step, self._capabilities[entry.partition_id].rate, drift), 1e-12)
+        if rule == "published":
+            weight = published_weight(step, self._capabilities[entry.partition_id].rate, drift)
+        else:
+            weight = co_s2p_weight(step, num_trained(report.state), drift)
+        return max(weight, 1e-12)  # who changed nothing still counts as somebody who holds these entries
 
     def _missed_blocks(self, merged: AggregateResult) -> str:
         blocks = {self.layout.block_of(key) for key, holders in merged.holders.items() if float(holders.min()) == 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -133,29 +133,44 @@ def full_depth_capabilities(
 
 def l1_distance(first: State, second: State) -> float:
     """Sum of |first - second| over what is trained; BatchNorm's statistics are not, and have a scale of their own."""
-    trained = (key for key, tensor in second.items() if tensor.is_floating_point() and not is_statistic(key))
-    return sum(float((first[key] - second[key]).abs().sum()) for key in trained)
+    return sum(float((first[key] - second[key]).abs().sum()) for key in _trained(second))
 
 
-def co_s2p_weight(step_l1: float, rate: float, drift_l1: float) -> float:
-    """c_i = (||delta_i||_1 / rate_i) / (||theta_now - theta_sent||_1 / ||delta_i||_1 + 1).
+def num_trained(state: State) -> int:
+    """How many entries ``l1_distance`` sums over."""
+    return sum(state[key].numel() for key in _trained(state))
 
-    Steps of small, fresh sub-models count more; where the model has moved as far as the step is long, it counts half.
+
+def _trained(state: State) -> Iterator[str]:
+    return (key for key, tensor in state.items() if tensor.is_floating_point() and not is_statistic(key))
+
+
+def co_s2p_weight(step_l1: float, num_entries: int, drift_l1: float) -> float:
+    """c_i = (||delta_i||_1 / n_i) / (||theta_now - theta_sent||_1 / ||delta_i||_1 + 1).
+
+    Entries that were moved further count more, whatever the size of the sub-model that they are part of; where the
+    global model has moved as far as the step is long, it counts half.
 
     Parameters
     ----------
     step_l1 : of what the client changed, over its own entries.
-    rate : of its sub-model, in (0, 1].
+    num_entries : n_i, of its sub-model, that are trained.
     drift_l1 : how far the global model has moved on these entries since it was sent.
     """
-    return step_l1 / rate * (step_l1 / (step_l1 + drift_l1) if step_l1 else 0.0)
+    return step_l1 / num_entries * (step_l1 / (step_l1 + drift_l1) if step_l1 else 0.0)
 
 
 def published_weight(step_l1: float, rate: float, drift_l1: float) -> float:
-    """c_i = (||delta_i||_1 / rate_i) / (||theta_now - theta_sent||_1 + 1), with the same parameters.
+    """c_i = (||delta_i||_1 / rate_i) / (||theta_now - theta_sent||_1 + 1).
 
     As published, where staleness was always 0. Beside sums over many entries the 1 vanishes, and stale answers with it
-    (docs/decisions/0077).
+    (docs/decisions/0077); and the sum grows faster with a sub-model than its rate, so that large ones count more
+    (docs/decisions/0078).
+
+    Parameters
+    ----------
+    step_l1, drift_l1 : as above.
+    rate : of the sub-model, in (0, 1].
     """
     return step_l1 / rate / (drift_l1 + 1.0)
 

@@ -50,7 +50,7 @@ def test_a_merge_is_the_weighted_mean_of_steps_over_holders_or_over_everybody(no
         sent = extract(before, layout, held)
         delta = {key: report.state[key].double() - sent[key].double() for key in sent}
         c = {
-            "co-s2p": l1_distance(sent, report.state) / rates[instruction.partition_id],
+            "co-s2p": l1_distance(sent, report.state) / sum(tensor.numel() for tensor in sent.values()),
             "published": l1_distance(sent, report.state) / rates[instruction.partition_id],
             "samples": report.num_examples,
             "polynomial": report.num_examples,

@@ -17,6 +17,7 @@ from strategies.cos2p_rule import (
     covering_spec,
     full_depth_capabilities,
     l1_distance,
+    num_trained,
     parse_budgets,
     published_weight,
 )
@@ -60,31 +61,31 @@ def test_budgets_that_are_none_are_refused(text):
         parse_budgets(text)
 
 
-@given(step=st.floats(0, 1e6), rate=st.floats(0.01, 1), drift=st.floats(0, 1e6), further=st.floats(0.01, 1e3))
-def test_a_client_weight_grows_with_the_step_and_falls_with_rate_and_drift(step, rate, drift, further):
-    expected = {
-        co_s2p_weight: (step / rate) / (drift / step + 1) if step > 1e-100 else 0.0,
-        published_weight: (step / rate) / (drift + 1),
-    }
-    for rule, value in expected.items():
-        weight = rule(step, rate, drift)
-        assert weight == pytest.approx(value, rel=1e-12, abs=1e-100)
-        assert rule(step, rate, drift + further) <= weight
-        assert rule(step + further, rate, drift) >= weight
+@given(step=st.floats(0, 1e6), size=st.integers(1, 10**9), drift=st.floats(0, 1e6), further=st.floats(0.01, 1e3))
+def test_a_client_weight_grows_with_the_step_and_falls_with_size_and_drift(step, size, drift, further):
+    rate = size / 10**9
+    cases = [
+        (co_s2p_weight, size, (step / size) / (drift / step + 1) if step > 1e-100 else 0.0),
+        (published_weight, rate, (step / rate) / (drift + 1)),
+    ]
+    for rule, divisor, expected in cases:
+        weight = rule(step, divisor, drift)
+        assert weight == pytest.approx(expected, rel=1e-12, abs=1e-100)
+        assert rule(step, divisor, drift + further) <= weight
+        assert rule(step + further, divisor, drift) >= weight
 
 
-@given(step=st.floats(1e-3, 1e6), drift=st.floats(0, 1e6), size=st.floats(1e-3, 1e6))
-def test_how_much_staleness_costs_does_not_depend_on_the_size_of_the_model(step, drift, size):
-    fresh, stale = (co_s2p_weight(step, 0.5, d) for d in (0.0, drift))
-    larger = [co_s2p_weight(step * size, 0.5, d * size) for d in (0.0, drift)]
-    assert larger[1] / larger[0] == pytest.approx(stale / fresh, rel=1e-9)
-    assert stale / fresh == pytest.approx(step / (step + drift))
+@given(step=st.floats(1e-3, 1e6), drift=st.floats(0, 1e6), size=st.integers(1, 10**6))
+def test_what_an_answer_weighs_does_not_depend_on_how_many_entries_moved_alike(step, drift, size):
+    assert co_s2p_weight(step * size, size, drift * size) == pytest.approx(co_s2p_weight(step, 1, drift), rel=1e-9)
+    assert co_s2p_weight(step, size, drift) / co_s2p_weight(step, size, 0.0) == pytest.approx(step / (step + drift))
 
 
 def test_distances_are_sums_over_what_is_trained():
     first = {"w": torch.tensor([[1.0, -2.0]]), "n": torch.tensor(3), "bn.running_var": torch.tensor([1.0])}
     second = {"w": torch.tensor([[0.5, 1.0]]), "n": torch.tensor(9), "bn.running_var": torch.tensor([100.0])}
     assert l1_distance(first, second) == 3.5
+    assert num_trained(second) == 2
 
 
 def test_coverage_remembers_when_each_unit_was_last_merged(vit):
