@@ -44,6 +44,7 @@ _LEDGER: tuple[Column, ...] = (
     ("memory", False),
     ("retention", False),
     ("merged", False),
+    ("weight", False),
 )
 _TARGETS: tuple[Column, ...] = (
     ("target", True),
@@ -207,7 +208,8 @@ def _with_table(section: Section, log: RunLog, summary: dict[str, Any]) -> Secti
         has_engine = any(row["overhead_s"] for row in ledger)  # simulations have none
         note = (
             "Links: download and upload. Busy: share of the run's time. Held up: how much sooner its rounds would have "
-            "closed without it. Merged: of all its replies."
+            "closed without it. Merged: of all its replies. Weight: share of the merges' weight, all merges counted "
+            "alike."
         )
         if has_engine:
             note += " Engine: what messages took beside (polls, queues, starting processes)."
@@ -244,6 +246,7 @@ def _ledger_cells(row: dict[str, Any]) -> tuple[str, ...]:
         memory,
         format_ratio(row["final_retention_ratio"]) + depth,
         _merged(row["num_merged"], _lost(row)),
+        format_percent(row["weight_ratio"], 1),
     )
 
 
@@ -268,6 +271,7 @@ def _ledger_total(ledger: list[dict[str, Any]], utilisation_ratio: float | None)
         format_memory(max((row["peak_memory_bytes"] or 0 for row in ledger), default=None)),
         "",
         _merged(total("num_merged"), sum(map(_lost, ledger))),
+        "",
     )
 
 

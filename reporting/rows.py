@@ -48,7 +48,8 @@ class ClientInfo:
 class Arrival:
     """One reply, or the absence of one. Times lie on the clock of the run; costs are 0 where the log has none.
 
-    ``overhead_s``: what the engine took beside the update time, 0 in simulation.
+    ``overhead_s``: what the engine took beside the update time, 0 in simulation. ``merge_weight``: what it counted in
+    the merge of its round, in the method's own unit.
     """
 
     server_round: int
@@ -74,6 +75,7 @@ class Arrival:
     widths: Mapping[str, int] = field(default_factory=dict)
     depth: int | None = None
     counted_bytes: float | None = None
+    merge_weight: float | None = None
     wall_s: float = 0.0
     line: int = 0
 

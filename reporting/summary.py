@@ -234,11 +234,30 @@ def ledger(log: RunLog, waits: Sequence[Wait], closings: Sequence[Closing]) -> l
     for closing in closings:
         if closing.straggler is not None:
             last[closing.straggler].append(closing)
-    found = []
+    found, shares = [], weight_ratios(log)
     for client in log.clients:
         key = client.partition_id
-        found.append(_ledger_row(client, arrivals[key], wait_s[key], last[key], log.total_time_s))
+        row = _ledger_row(client, arrivals[key], wait_s[key], last[key], log.total_time_s)
+        found.append(row | {"weight_ratio": shares.get(key)})
     return found
+
+
+def weight_ratios(log: RunLog) -> dict[int, float]:
+    """Partition -> mean share of the weight in a merge: who taught the model. All shares add up to 1.
+
+    Every merge counts alike, for weights of different merges may have different scales. Empty for a log that has no
+    weights. What of the model a client taught is another question: it holds a sub-model.
+    """
+    merges: dict[int, list[tuple[int, float]]] = {}
+    for row in log.arrivals:
+        if row.status == "merged" and row.merge_weight:
+            merges.setdefault(row.server_round, []).append((row.partition_id, row.merge_weight))
+    shares = dict.fromkeys((client.partition_id for client in log.clients), 0.0) if merges else {}
+    for weights in merges.values():
+        whole = sum(weight for _, weight in weights)
+        for partition_id, weight in weights:
+            shares[partition_id] = shares.get(partition_id, 0.0) + weight / whole / len(merges)
+    return shares
 
 
 def _ledger_row(

@@ -23,7 +23,7 @@ from wire.message import Report, State, payload_bytes
 
 ADDED = (
     *("download_s", "compute_s", "upload_s", "update_time_s", "overhead_s", "download_bytes", "upload_bytes"),
-    *("train_macs", "measured_compute_s", "counted_bytes", "dense_bytes"),
+    *("train_macs", "measured_compute_s", "counted_bytes", "dense_bytes", "merge_weight"),
 )
 """Fields of an arrival's row that add up over the requests of a round."""
 

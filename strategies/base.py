@@ -315,6 +315,7 @@ class SubModelStrategy(Hooks, Strategy):
                 sent, place = self.sent_state(entry, held), (self.layout, held)
                 report, mean_square = compensate_report(report, now, sent, mean_square, place, self.loop)
             report = rebase(report, now, step_scale)
+            weight_before = mean.total_weight
             self.add(mean, entry, report, staleness)
         except RunStoppedError:
             raise
@@ -325,7 +326,7 @@ class SubModelStrategy(Hooks, Strategy):
         self.progress.mean_square = mean_square
         self.progress.clocks[entry.partition_id] = self.progress.clocks.get(entry.partition_id, 0) + 1
         self.progress.last_dispatch[entry.partition_id] = entry.dispatch
-        return row("merged", "")
+        return {**row("merged", ""), "merge_weight": mean.total_weight - weight_before}
 
     def sent_state(self, entry: Entry, spec: SubModelSpec | None = None) -> dict[str, torch.Tensor]:
         """What a client was sent, or a part of it; of an older model as it lies on disk. Needs ``needs_versions``.

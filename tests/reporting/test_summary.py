@@ -15,7 +15,7 @@ from reporting.maps import _evenness
 from reporting.report import make_page, write_report
 from reporting.rows import Merge
 from reporting.summary import SUMMARY_FILE, coverage_gaps, summarise, utilisation
-from reporting.units import format_seconds
+from reporting.units import format_percent, format_seconds
 from reporting.waiting import find_waits
 
 MakeRun = Callable[..., Path]
@@ -66,6 +66,25 @@ def test_the_ledger_says_what_the_engine_took_beside_every_client(make_run: Make
     summary = summarise(log)
     assert [row["overhead_s"] for row in summary["ledger"]] == [7.5, 0.0]
     assert f">{format_seconds(7.5)}</td>" in make_page(log, summary)
+
+
+def test_the_ledger_says_how_much_of_the_merges_every_client_was(make_run: MakeRun) -> None:
+    """By hand: of the first merge 1/4 and 3/4, of the second, whose weights have another scale, all; late is nothing."""
+    common = {"event": "arrival", "status": "merged", "start_s": 0, "finish_s": 9}
+    rows = [
+        {"event": "run", "strategy": "cos2p"},
+        {"event": "clients", "clients": [{"partition_id": pid} for pid in range(3)]},
+        {**common, "server_round": 1, "partition_id": 0, "merge_weight": 1.0},
+        {**common, "server_round": 1, "partition_id": 1, "merge_weight": 3.0},
+        {**common, "server_round": 2, "partition_id": 0, "merge_weight": 500.0},
+        {**common, "server_round": 2, "partition_id": 2, "status": "late"},
+    ]
+    log = read_events(make_run(rows=rows))
+    summary = summarise(log)
+    assert [row["weight_ratio"] for row in summary["ledger"]] == [0.625, 0.375, 0.0]
+    assert f">{format_percent(0.625)}</td>" in make_page(log, summary)
+    older = [{key: value for key, value in row.items() if key != "merge_weight"} for row in rows]
+    assert {row["weight_ratio"] for row in summarise(read_events(make_run("older", rows=older)))["ledger"]} == {None}
 
 
 def test_a_synchronous_round_lets_everyone_wait_for_its_last_arrival(make_run: MakeRun) -> None:

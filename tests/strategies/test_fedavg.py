@@ -11,6 +11,7 @@ def test_everybody_trains_the_full_model(tmp_path):
     rows = tiny_run(tmp_path / "run", strategy="fedavg", num_rounds=1)
     assert {row["retention_ratio"] for row in select(rows, "arrival")} == {1.0}
     assert all(row["widths"] == {"hidden0": 200, "hidden1": 200, "classes": 10} for row in select(rows, "arrival"))
+    assert all(row["merge_weight"] == row["num_examples"] for row in select(rows, "arrival"))
     assert (select(rows, "merge")[0]["n_star"], select(rows, "merge")[0]["uncovered_ratio"]) == (4, 0.0)
     assert "family" not in select(rows, "evaluation")[-1]
 
