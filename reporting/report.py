@@ -246,7 +246,7 @@ def _ledger_cells(row: dict[str, Any]) -> tuple[str, ...]:
         memory,
         format_ratio(row["final_retention_ratio"]) + depth,
         _merged(row["num_merged"], _lost(row)),
-        format_percent(row["weight_ratio"], 1),
+        format_percent(row["weight_ratio"], 0),
     )
 
 

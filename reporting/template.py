@@ -57,7 +57,7 @@ th { position: sticky; top: 0; background: var(--surface); color: var(--muted); 
 tr > :first-child { position: sticky; left: 0; background: var(--surface); z-index: 1; } thead tr > :first-child { z-index: 2; }
 tbody tr:last-child td { border-bottom: 0; }
 tfoot td { font-weight: 600; border-top: 1px solid var(--line); border-bottom: 0; }
-.wide th, .wide td { padding: 5px 7px; font-size: 12.5px; } .wide th { white-space: normal; vertical-align: bottom; }
+.wide th, .wide td { padding: 5px 6px; font-size: 12px; } .wide th { white-space: normal; vertical-align: bottom; }
 th.text, td.text { text-align: left; }
 td.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
 td.best { font-weight: 700; }

@@ -82,7 +82,7 @@ def test_the_ledger_says_how_much_of_the_merges_every_client_was(make_run: MakeR
     log = read_events(make_run(rows=rows))
     summary = summarise(log)
     assert [row["weight_ratio"] for row in summary["ledger"]] == [0.625, 0.375, 0.0]
-    assert f">{format_percent(0.625)}</td>" in make_page(log, summary)
+    assert f">{format_percent(0.625, 0)}</td>" in make_page(log, summary)
     older = [{key: value for key, value in row.items() if key != "merge_weight"} for row in rows]
     assert {row["weight_ratio"] for row in summarise(read_events(make_run("older", rows=older)))["ledger"]} == {None}
 
