@@ -92,7 +92,7 @@ METHODS: dict[str, Keys] = {
     "cos2p no distillation": {**OURS, "cos2p.transfer": "none"},
     "cos2p mutual": {**OURS, "cos2p.transfer": "mutual"},
     "cos2p synchronous": {**OURS, "cos2p.quorum-ratio": 1.0},
-    "cos2p global norm": {**OURS, "cos2p.coverage-norm": "global"},
+    "cos2p per-entry norm": {**OURS, "cos2p.coverage-norm": "per-entry"},
     "cos2p published weight": {**OURS, "cos2p.client-weight": "published"},
     "cos2p samples": {**OURS, "cos2p.client-weight": "samples"},
     "cos2p uniform": {**OURS, "cos2p.client-weight": "uniform"},

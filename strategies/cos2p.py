@@ -5,7 +5,7 @@ matter, it learns on its own data with the weights frozen, the first two times i
 most clients have chosen (``masks = agreed``) or its own. The deepest exit that it holds teaches its shallower ones.
 The server merges as soon as a quorum has answered::
 
-    theta_k += sum_{i holds k} c_i delta_ik / sum_{i holds k} c_i                        (``coverage-norm = per-entry``)
+    theta_k += sum_{i holds k} c_i delta_ik / sum_{all i} c_i                            (``coverage-norm = global``)
     c_i = (||delta_i||_1 / n_i) / (||theta_now - theta_sent_to_i||_1 / ||delta_i||_1 + 1)   (``client-weight = co-s2p``)
 
 n_i entries that client i holds.
@@ -72,7 +72,8 @@ class CoS2PConfig:
     temperature, kd_weight, kd_start : of the distillation; it begins in round ``kd-start``.
     client_weight : ``co-s2p``; ``published``, which depends on the sizes of the model and the sub-model; ``samples``,
         ``uniform`` or ``polynomial`` (n (1 + staleness)^-0.5).
-    coverage_norm : ``per-entry`` divides by the weight of an entry's holders, ``global`` by that of the whole merge.
+    coverage_norm : ``global`` divides by the weight of the whole merge, so that what few have tried moves little;
+        ``per-entry`` by that of an entry's holders.
     rotate_coverage : one client at a time takes over, in turn, what nobody has held since all were heard; a turn is no
         reception of its mask phase, whose scores wait.
     exit_choice : clients deploy the exit that is best on their own data (``personal``), or the ``deepest``.
@@ -96,7 +97,7 @@ class CoS2PConfig:
     kd_weight: float = 0.5
     kd_start: int = 10
     client_weight: str = "co-s2p"
-    coverage_norm: str = "per-entry"
+    coverage_norm: str = "global"
     rotate_coverage: bool = False
     exit_choice: str = "personal"
     quorum_ratio: float = 0.5
@@ -119,7 +120,7 @@ class CoS2PConfig:
             ("mask-select", self.mask_select, ("top-k", "bernoulli")),
             ("transfer", self.transfer, ("deepest-teaches", "mutual", "none")),
             ("client-weight", self.client_weight, (*BY_STEPS, "samples", "uniform", "polynomial")),
-            ("coverage-norm", self.coverage_norm, ("per-entry", "global")),
+            ("coverage-norm", self.coverage_norm, ("global", "per-entry")),
             ("exit-choice", self.exit_choice, ("personal", "deepest")),
         ):
             require_choice(key, value, choices)
