@@ -115,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common_options("cos2p", __doc__)
     parser.add_argument("--task", action="append", choices=list(TASKS))
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
+    parser.add_argument("--also", action="append", default=[], metavar="KEY=VALUE", help="a setting of all of Co-S2P's")
     parser.add_argument("--seeds", type=int, default=3)
     add_device(parser)
     parser.add_argument("--data-dir", default="data")
@@ -161,6 +162,7 @@ def budget_of(task: str, options: argparse.Namespace) -> float:
 def job_of(task: str, seed: int, method: str, options: argparse.Namespace) -> Job:
     """One run."""
     quick: Keys = {"data.max-train": 640, "train.local-epochs": 1} if options.quick else {}
+    also = options.also if METHODS[method]["strategy"] == "cos2p" else []
     keys = {
         **TASKS[task].keys,
         **quick,
@@ -168,10 +170,11 @@ def job_of(task: str, seed: int, method: str, options: argparse.Namespace) -> Jo
         "train.device": options.device,
         "seed": seed,
         "data.seed": seed,
+        **dict(pair.split("=", 1) for pair in also),
         **METHODS[method],
     }
     budget_s = budget_of(task, options)
-    name = f"{task}_{budget_s:g}s_seed{seed}_{method.replace(' ', '-')}"
+    name = "_".join((task, f"{budget_s:g}s", f"seed{seed}", method.replace(" ", "-"), *also))
     return Job(name, keys, options.store, outcome, until_s=budget_s)
 
 

@@ -237,8 +237,8 @@ def ledger(log: RunLog, waits: Sequence[Wait], closings: Sequence[Closing]) -> l
     found, shares = [], weight_ratios(log)
     for client in log.clients:
         key = client.partition_id
-        row = _ledger_row(client, arrivals[key], wait_s[key], last[key], log.total_time_s)
-        found.append(row | {"weight_ratio": shares.get(key)})
+        spent = _ledger_row(client, arrivals[key], wait_s[key], last[key], log.total_time_s)
+        found.append({**spent, "weight_ratio": shares.get(key)})
     return found
 
 

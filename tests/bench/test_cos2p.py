@@ -37,7 +37,16 @@ def run_of(accuracies, round_s=1.0, utilisation=0.5, family=None):
 
 
 def options_of(store, seeds):
-    return argparse.Namespace(data_dir="data", store=store, quick=False, seed=0, seeds=seeds, budget=0.1, device="cpu")
+    given = {
+        "data_dir": "data",
+        "store": store,
+        "quick": False,
+        "seed": 0,
+        "seeds": seeds,
+        "budget": 0.1,
+        "device": "cpu",
+    }
+    return argparse.Namespace(**given, also=[])
 
 
 def test_a_row_is_read_at_the_end_of_the_virtual_time():
@@ -137,6 +146,16 @@ def test_every_run_is_a_config_that_parses_and_has_a_file_of_its_own(tmp_path):
     for job in jobs:
         parse(job.keys)
     assert len({job.path for job in jobs}) == len(jobs)
+
+
+def test_a_setting_given_for_all_is_one_of_co_s2ps_runs_alone_and_names_their_files(tmp_path):
+    options = options_of(tmp_path, 1)
+    given = argparse.Namespace(**{**vars(options), "also": ["cos2p.coverage-norm=per-entry", "cos2p.masks=first"]})
+    before, after = ({method: job_of("digits", 0, method, chosen) for method in METHODS} for chosen in (options, given))
+    assert {m for m in METHODS if before[m].path != after[m].path} == {m for m in METHODS if "cos2p" in m}
+    assert after["cos2p"].keys["cos2p.coverage-norm"] == "per-entry"
+    assert after["cos2p random masks"].keys["cos2p.masks"] == "random", "what a row is about stays"
+    assert after["fedavg"].keys == before["fedavg"].keys
 
 
 def test_an_outcome_of_a_real_run_has_what_the_table_needs(tmp_path):

@@ -69,7 +69,7 @@ def test_the_ledger_says_what_the_engine_took_beside_every_client(make_run: Make
 
 
 def test_the_ledger_says_how_much_of_the_merges_every_client_was(make_run: MakeRun) -> None:
-    """By hand: of the first merge 1/4 and 3/4, of the second, whose weights have another scale, all; late is nothing."""
+    """By hand: of the first merge 1/4 and 3/4, of the second, whose weights have another scale, all; late: none."""
     common = {"event": "arrival", "status": "merged", "start_s": 0, "finish_s": 9}
     rows = [
         {"event": "run", "strategy": "cos2p"},
