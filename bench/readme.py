@@ -94,7 +94,7 @@ def main() -> None:
         "adaptcl": columns_part(ADAPTCL_RECORDS, ADAPTCL_COLUMNS),
         "cos2p": columns_part(("cos2p", "cos2p_cifar10"), COS2P_COLUMNS),
         "adasplit": columns_part(("adasplit", "adasplit_noniid", "adasplit_iid"), ADASPLIT_COLUMNS),
-        "adp": columns_part(("adp", "adp_scaffold", "adp_dirichlet01"), ADP_COLUMNS),
+        "adp": columns_part(("adp", "adp_scaffold", "adp_dirichlet01", "adp_iid"), ADP_COLUMNS),
         "baselines": columns_part(("baselines",), BASELINES_COLUMNS),
         "bounds": markdown(bounds()),
         "codesize": codesize_part(),
