@@ -151,7 +151,7 @@ def measure_merge(model: str, num_clients: int, seed: int) -> dict[str, float]:
 
     from pruning.capability import inner_groups, solve_rate, sub_model_at
     from pruning.extract import extract
-    from pruning.merge import MaskedMean
+    from pruning.merge import MaskedMean, residual_mean
     from pruning.select import select_random
     from pruning.spec import SubModelSpec
     from strategies.cos2p_rule import co_s2p_weight, l1_distance, num_trained
@@ -178,7 +178,7 @@ def measure_merge(model: str, num_clients: int, seed: int) -> dict[str, float]:
             mean.add(answer, spec, co_s2p_weight(l1_distance(now, answer), num_trained(answer), drift))
         del answer, now
     with timer:
-        mean.finalize()
+        mean.finalize(rule=residual_mean)
     return {"cpu_s": timer.cpu_s, "peak_gib": peak_bytes() / GIB, "num_clients": num_clients}
 
 

@@ -81,7 +81,7 @@ def everybody_mean(total: Tensor, coverage: Tensor, weight: float, previous: Ten
 
 def residual_mean(total: Tensor, coverage: Tensor, weight: float, previous: Tensor) -> Tensor:
     """(S + (W - C) previous) / W: who does not hold the entry counts as the server's value."""
-    return (total + (weight - coverage) * previous) / weight
+    return total.add_((weight - coverage) * previous).div_(weight)
 
 
 def coverage_mean(threshold: float) -> MergeRule:
