@@ -37,6 +37,7 @@ from bench.runs import (
     read,
 )
 from reporting.summary import utilisation
+from server_app.config import parse_overrides
 from server_app.processes import count_cores
 
 RATES = "1,0.75,0.5,0.25"
@@ -170,7 +171,7 @@ def job_of(task: str, seed: int, method: str, options: argparse.Namespace) -> Jo
         "train.device": options.device,
         "seed": seed,
         "data.seed": seed,
-        **dict(pair.split("=", 1) for pair in also),
+        **parse_overrides(also),
         **METHODS[method],
     }
     budget_s = budget_of(task, options)

@@ -16,6 +16,7 @@ from reporting.log import read_events
 from reporting.summary import summarise as summarise_log
 from server_app.config import parse
 from tests.runs import tiny_run
+from wire.flat import ConfigError
 
 MEMORY = [
     {"rate": 1.0, "phase": "weights", "against full": 0.0},
@@ -156,6 +157,8 @@ def test_a_setting_given_for_all_is_one_of_co_s2ps_runs_alone_and_names_their_fi
     assert after["cos2p"].keys["cos2p.coverage-norm"] == "per-entry"
     assert after["cos2p random masks"].keys["cos2p.masks"] == "random", "what a row is about stays"
     assert after["fedavg"].keys == before["fedavg"].keys
+    with pytest.raises(ConfigError, match=r"unknown key 'cos2p\.mask'"):
+        job_of("digits", 0, "cos2p", argparse.Namespace(**{**vars(options), "also": ["cos2p.mask=first"]}))
 
 
 def test_an_outcome_of_a_real_run_has_what_the_table_needs(tmp_path):
