@@ -30,11 +30,11 @@ from typing import Any
 from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import (
-    STORES,
     Job,
     Keys,
+    add_store,
     best_of,
-    carry_out,
+    complete,
     first_reaching,
     has_cifar,
     last_within,
@@ -42,8 +42,8 @@ from bench.runs import (
     merges_a_round,
     over_seeds,
     read,
+    store_of,
 )
-from server_app.processes import count_cores
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=float, default=0.0, help="train.sparsity of every method (default 0)")
     parser.add_argument("--data-dir", default="data")
     add_device(parser)
-    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
-    parser.add_argument("--store", type=Path, default=STORES / "adaptcl")
-    parser.add_argument("--kept", action="store_true", help="run nothing: the tables of what the store has")
+    add_store(parser, "adaptcl")
     options = parser.parse_args(arguments)
+    options.store = store_of(options, "adaptcl")
     if options.quick:
         options.task, options.sigma, options.seeds = ["digits"], [5.0], 1
-        options.store = options.store.with_name("adaptcl-quick")
     cases = plan(options)
     if not options.kept:
         run_missing(cases, options)
@@ -230,8 +228,7 @@ def run_missing(cases: Sequence[Case], options: argparse.Namespace) -> None:
                     print(f"left out: {names}: there is no run of adaptcl to follow")
                 continue
             jobs = [Job(case.name, keys_of(case, options), options.store, outcome) for case in batch]
-            for name, reason in carry_out(jobs, options.workers).items():
-                print(f"left out: {name}: {reason}")
+            complete(jobs, options)
 
 
 def keys_of(case: Case, options: argparse.Namespace) -> Keys:

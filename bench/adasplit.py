@@ -32,10 +32,9 @@ import numpy as np
 from bench.common import RESULTS, add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.mixed import has_data
-from bench.runs import STORES, Job, Keys, carry_out, load
+from bench.runs import Job, Keys, add_store, complete, load, store_of
 from reporting.c3 import TEMPERATURE, Spending, budgets_of, scores, spending_of
 from reporting.log import read_events
-from server_app.processes import count_cores
 from wire.flat import Scalar
 
 BENCHMARKS: dict[str, Keys] = {
@@ -133,16 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--images", type=int, default=2000, help="of a client (default 2000; the paper has 12,000)")
     parser.add_argument("--hours", type=float, default=6.0, help="no run is started after so long")
     add_device(parser)
-    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
-    parser.add_argument("--store", type=Path, default=STORES / "adasplit")
+    add_store(parser, "adasplit")
     chosen = parser.parse_args(arguments)
+    chosen.store = store_of(chosen, "adasplit")
     chosen.part = chosen.part or ["compare", "ablations", "sweeps"]
     chosen.benchmark = chosen.benchmark or ["mixed-cifar", "mixed-noniid", "iid"]
     chosen.method = chosen.method or list(METHODS)
     if chosen.quick:
         chosen.part, chosen.benchmark, chosen.seeds, chosen.rounds = ["compare"], ["digits"], 1, 5
-        chosen.store = chosen.store.with_name("adasplit-quick")
-    elif not has_data():
+    elif not chosen.kept and not has_data():
         parser.error("the images are not there: set PRUNUS_DATA to the folder that holds their load.py, or use --quick")
     os.environ["MIXED_IMAGES"] = str(chosen.images)
     deadline = time.monotonic() + chosen.hours * 3600
@@ -237,8 +235,7 @@ def keys_of(case: Case, chosen: argparse.Namespace) -> Keys:
 def run_missing(cases: Sequence[Case], chosen: argparse.Namespace, deadline: float) -> None:
     """Run every case whose outcome is not kept yet, until the budget is used up; a run that diverges is left out."""
     jobs = [Job(case.name, keys_of(case, chosen), chosen.store, spent) for case in cases]
-    for name, reason in carry_out(jobs, chosen.workers, deadline).items():
-        print(f"left out: {name}: {reason}")
+    complete(jobs, chosen, deadline)
 
 
 def spent(log: Path) -> dict[str, Any]:

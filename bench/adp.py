@@ -38,9 +38,8 @@ import torch
 from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.gates import macs_share
-from bench.runs import STORES, Job, Keys, Task, carry_out, has_cifar, load, over_seeds, read
+from bench.runs import Job, Keys, Task, add_store, complete, has_cifar, load, over_seeds, read, store_of
 from pruning.gates import gates_of
-from server_app.processes import count_cores
 from strategies.adp import ADPConfig
 from zoo import get_model
 
@@ -113,15 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Run what is missing, print the tables."""
     options = read_options(arguments)
     task = task_of(options)
-    if task is not QUICK and not has_cifar(options.data_dir):
+    if task is not QUICK and not options.kept and not has_cifar(options.data_dir):
         print(f"no CIFAR-10 in {options.data_dir}: give --data-dir with cifar10.npz or torchvision's files, or --quick")
         return None
     names = variants(options)
     cases = [(base, part, seed) for base in options.base for part in options.partition for seed in seeds_of(options)]
     jobs = [job_of(task, *case, name, options) for case in cases for name in names]
-    failed = carry_out(jobs, options.workers)
-    for name, reason in failed.items():
-        print(f"left out: {name}: {reason}")
+    complete(jobs, options)
     budget = {"rounds": options.rounds, "images": options.images or "all"}
     tables = []
     for base in options.base:
@@ -156,8 +153,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=0, help="how many (default 3, quick 1)")
     add_device(parser)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
-    parser.add_argument("--store", type=Path, default=None, help=f"where runs are kept (default {STORES}/adp)")
+    add_store(parser, "adp")
     options = parser.parse_args(arguments)
     task = task_of(options)
     options.seeds = options.seeds or (1 if options.quick else 3)
@@ -166,7 +162,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.density = options.density or ([1.0, 0.5] if options.quick else list(DENSITIES))
     options.rounds = options.rounds or task.num_rounds
     options.images = task.num_images if options.images is None else options.images
-    options.store = options.store or STORES / ("adp-quick" if options.quick else "adp")
+    options.store = store_of(options, "adp")
     options.data_dir = str(Path(options.data_dir).absolute())
     return options
 

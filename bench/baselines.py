@@ -30,12 +30,12 @@ from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
 from bench.runs import (
     NUM_POINTS,
-    STORES,
     Job,
     Keys,
     Task,
+    add_store,
     best_of,
-    carry_out,
+    complete,
     first_reaching,
     has_cifar,
     last_within,
@@ -43,10 +43,10 @@ from bench.runs import (
     merges_a_round,
     over_seeds,
     read,
+    store_of,
 )
 from reporting.log import read_events
 from reporting.summary import summarise as summarise_log
-from server_app.processes import count_cores
 from strategies import STRATEGIES
 
 FIRST = "fedavg"
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Run what is missing, print the table."""
     options = read_options(arguments)
     task = QUICK if options.quick else TASKS[options.task]
-    if task is not QUICK and not has_cifar(options.data_dir):
+    if task is not QUICK and not options.kept and not has_cifar(options.data_dir):
         print(f"no CIFAR-10 in {options.data_dir}: give --data-dir with cifar10.npz or torchvision's files, or --quick")
         return None
     num_rounds, num_images = options.rounds or task.num_rounds, options.images or task.num_images
@@ -134,16 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     task = Task(task.name, keys, num_rounds, num_images)
     methods = list(dict.fromkeys([FIRST, *(options.method or METHODS)]))
     seeds = seeds_of(options)
-    failed = carry_out([job_of(task, FIRST, seed, options.store) for seed in seeds], options.workers)
+    failed = complete([job_of(task, FIRST, seed, options.store) for seed in seeds], options)
     others = []
     for seed in seeds:
         first = job_of(task, FIRST, seed, options.store)
         if first.path.exists():
             until_s = load(first.path)["time_s"]
             others += [job_of(task, name, seed, options.store, until_s) for name in methods if name != FIRST]
-    failed |= carry_out(others, options.workers)
-    for name, reason in failed.items():
-        print(f"left out: {name}: {reason}")
+    failed |= complete(others, options)
     runs = {
         name: {seed: load(path) for seed in seeds if (path := job_of(task, name, seed, options.store).path).exists()}
         for name in methods
@@ -164,11 +162,10 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=0, help="how many (default 3, quick 1)")
     parser.add_argument("--data-dir", default="data")
     add_device(parser)
-    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
-    parser.add_argument("--store", type=Path, default=None, help=f"where runs are kept (default {STORES}/baselines)")
+    add_store(parser, "baselines")
     options = parser.parse_args(arguments)
     options.seeds = options.seeds or (1 if options.quick else 3)
-    options.store = options.store or STORES / ("baselines-quick" if options.quick else "baselines")
+    options.store = store_of(options, "baselines")
     options.data_dir = str(Path(options.data_dir).absolute())
     return options
 

@@ -23,22 +23,23 @@ from bench.common import add_device, finish, in_fresh_process, peak_bytes, print
 from bench.common import options as common_options
 from bench.runs import (
     FOLDERS,
-    STORES,
     Job,
     Keys,
+    add_store,
     best_of,
-    carry_out,
+    complete,
     first_reaching,
     has_cifar,
+    keep,
     last_within,
     load,
     mean_and_spread,
     over_seeds,
     read,
+    store_of,
 )
 from reporting.summary import utilisation
 from server_app.config import parse_overrides
-from server_app.processes import count_cores
 
 RATES = "1,0.75,0.5,0.25"
 NEAR = 0.97
@@ -120,20 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, default=3)
     add_device(parser)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
     parser.add_argument("--budget", type=float, default=1.0, help="times the virtual time of every task")
-    parser.add_argument("--store", type=Path, default=STORES / "cos2p")
+    add_store(parser, "cos2p")
     options = parser.parse_args(arguments)
+    options.store = store_of(options, "cos2p")
     if options.quick:
         options.task, options.seeds, options.method = ["digits"], 1, list(QUICK)
-        options.store = options.store.with_name("cos2p-quick")
     tasks = tasks_there(options)
     methods = options.method or list(METHODS)
     jobs = [job_of(task, seed, method, options) for task in tasks for seed in seeds_of(options) for method in methods]
-    failed = carry_out(jobs, options.workers)
-    for name, reason in failed.items():
-        print(f"left out: {name}: {reason}")
-    memory = measure_memory(options)
+    complete(jobs, options)
+    memory = kept_memory(options)
     print_table("peak of a client process, measured above its peak before the request", memory)
     tables = [summarise(task, options, memory) for task in tasks]
     for table in tables:
@@ -148,7 +146,7 @@ def tasks_there(options: argparse.Namespace) -> list[str]:
     there = [
         t
         for t in tasks
-        if (name := str(TASKS[t].keys["data.name"])) not in FOLDERS or has_cifar(options.data_dir, name)
+        if options.kept or (name := str(TASKS[t].keys["data.name"])) not in FOLDERS or has_cifar(options.data_dir, name)
     ]
     for task in sorted(set(tasks) - set(there)):
         print(f"left out: {task} (no data in {options.data_dir}; see the README on data)")
@@ -300,7 +298,8 @@ def claims(runs: Runs, budget_s: float, memory: Sequence[Mapping[str, Any]]) -> 
     if pairs:
         ratio = mean_and_spread([a["utilisation"] / b["utilisation"] for a, b in pairs])
         found.append({"claim": "utilisation up to 1.2x", "found": f"{ratio} x of synchronous"})
-    found.append({"claim": "memory about -22 %", "found": saved_memory(memory)})
+    if memory:
+        found.append({"claim": "memory about -22 %", "found": saved_memory(memory)})
     if pairs:
         saved = statistics.fmean(saved_time(a, b, budget_s) for a, b in pairs)
         how = f"{-100 * saved:+.0f} % of synchronous, to {NEAR:g} of the lower accuracy of the two"
@@ -329,11 +328,20 @@ def saved_time(ours: Mapping[str, Any], theirs: Mapping[str, Any], budget_s: flo
 # --- memory of client processes --------------------------------------------------------------------------------------
 
 
-def measure_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+def kept_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the store has of ``measure_memory``, measured now where it lacks it; [] if ``--kept`` forbids that."""
+    path = options.store / f"memory_{MEMORY_MODEL}.json"
+    if not path.exists() and not options.kept:
+        keep(path, {"rows": measure_memory(options.quick)})
+    rows: list[dict[str, Any]] = load(path)["rows"] if path.exists() else []
+    return rows
+
+
+def measure_memory(is_quick: bool = False) -> list[dict[str, Any]]:
     """Peak of one client process per device class and phase, and the saving against the full model's training."""
-    model = "vit_micro" if options.quick else MEMORY_MODEL
+    model = "vit_micro" if is_quick else MEMORY_MODEL
     rows = []
-    for rate in (1.0, 0.5) if options.quick else (1.0, 0.75, 0.5, 0.25):
+    for rate in (1.0, 0.5) if is_quick else (1.0, 0.75, 0.5, 0.25):
         for phase in ("weights", "masks + weights")[: 1 if rate == 1 else 2]:
             rows.append(
                 {"rate": rate, "phase": phase, **in_fresh_process(client_peak, model, rate, phase != "weights")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS
-from server_app.processes import die_with_parent, hold
+from server_app.processes import count_cores, die_with_parent, hold
 from wire.flat import Scalar
 
 Keys = dict[str, Scalar]
 Measure = Callable[[Path], dict[str, Any]]
-STORES = RESULTS.parents[1] / "results" / "bench"
+ROOT = RESULTS.parents[1]
+STORES = ROOT / "results" / "bench"
 NUM_POINTS = 16
 """Evaluations of a curve."""
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -77,6 +79,26 @@ class Job:
 def has_cifar(data_dir: str, name: str = "cifar10") -> bool:
     """Whether CIFAR lies in ``data_dir``."""
     return any((Path(data_dir) / file).exists() for file in (f"{name}.npz", FOLDERS[name]))
+
+
+def add_store(parser: argparse.ArgumentParser, name: str) -> None:
+    """How many runs at once, where their outcomes are kept (None: ``store_of`` knows), and whether any are made."""
+    parser.add_argument("--workers", type=int, default=count_cores(), help="runs at once")
+    parser.add_argument("--store", type=Path, help=f"where runs are kept (default {STORES.relative_to(ROOT)}/{name})")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the tables of what the store has")
+
+
+def store_of(options: argparse.Namespace, name: str) -> Path:
+    """``--store``, or a benchmark's own; ``--quick`` has one for itself, its runs are others under the same names."""
+    return options.store or STORES / (f"{name}-quick" if options.quick else name)
+
+
+def complete(jobs: Iterable[Job], options: argparse.Namespace, deadline: float = math.inf) -> dict[str, str]:
+    """Run what the store lacks, unless ``--kept``; say what was left out, and return it with the reason."""
+    failed = {} if options.kept else carry_out(jobs, options.workers, deadline)
+    for name, reason in failed.items():
+        print(f"left out: {name}: {reason}")
+    return failed
 
 
 def carry_out(jobs: Iterable[Job], workers: int, deadline: float = math.inf) -> dict[str, str]:

@@ -70,10 +70,8 @@ def test_every_case_is_a_run_that_can_be_configured(tmp_path):
 
 @pytest.fixture
 def filled(tmp_path, monkeypatch):
-    """A store with an outcome of every case of five rounds and one seed; nothing can be run."""
+    """A store with an outcome of every case of five rounds and one seed."""
     monkeypatch.setenv("MIXED_IMAGES", "60")  # main sets it: back to what it was afterwards
-    monkeypatch.setattr(adasplit, "has_data", lambda: True)
-    monkeypatch.setattr(adasplit, "carry_out", lambda jobs, workers, deadline: {"some case": "it diverged"})
     store = tmp_path / "store"
     store.mkdir()
     variants = ["", *ABLATIONS, *(f"{name} {value}" for name, (_, values) in SWEEPS.items() for value in values)]
@@ -94,7 +92,7 @@ def keep(store, case, spending):
 def tables(store, out, *parts):
     asked = [word for part in parts for word in ("--part", part)]
     budget = ["--seeds", "1", "--rounds", "5", "--images", "60"]
-    options = ["--benchmark", "mixed-cifar", *budget, "--store", str(store), "--out", str(out)]
+    options = ["--kept", "--benchmark", "mixed-cifar", *budget, "--store", str(store), "--out", str(out)]
     record = adasplit.main([*asked, *options])
     assert record == json.loads(out.read_text())
     return {table["title"]: table["rows"] for table in record["results"]["tables"]}

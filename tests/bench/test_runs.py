@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.adaptcl import METHODS, Case, Task
+from bench.common import RESULTS
 from bench.hosts import wait_until
 from bench.runs import (
+    STORES,
     Job,
+    add_store,
     best_of,
     carry_out,
+    complete,
     first_reaching,
     keep,
     last_within,
@@ -29,6 +36,7 @@ from bench.runs import (
     read,
     rounds_until,
     run_job,
+    store_of,
 )
 from server_app.config import parse
 from server_app.processes import hold
@@ -211,3 +219,35 @@ def test_the_best_of_a_family_counts_either_statistics():
 )
 def test_a_round_of_a_lone_merge_loop_is_as_many_answers_as_there_are_clients(strategy, merges):
     assert merges_a_round({"strategy": strategy, "num-clients": 20}) == merges
+
+
+def kept_commands():
+    """Commands of the records that are tables of outcomes in the repository."""
+    records = {path.stem: json.loads(path.read_text())["command"] for path in sorted(RESULTS.glob("*.json"))}
+    return {name: shlex.split(command)[2:] for name, command in records.items() if "--kept" in command}
+
+
+@pytest.mark.parametrize("name", kept_commands())
+def test_the_kept_tables_are_what_their_command_makes_of_the_kept_outcomes(name, tmp_path, monkeypatch, capsys):
+    module, *words = kept_commands()[name]
+    monkeypatch.chdir(ROOT)
+    import_module(module).main([*words, "--data-dir", str(tmp_path), "--out", str(tmp_path / "again.json")])
+    record, again = (json.loads(path.read_text()) for path in (RESULTS / f"{name}.json", tmp_path / "again.json"))
+    assert again["results"] == record["results"]
+
+
+def test_only_what_the_store_lacks_is_run_and_nothing_with_kept_and_quick_runs_have_a_store_of_their_own(tmp_path):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    add_store(parser, "adp")
+    assert store_of(parser.parse_args([]), "adp") == STORES / "adp"
+    assert store_of(parser.parse_args(["--quick"]), "adp") == STORES / "adp-quick"
+    mine = ["--workers", "1", "--store", str(tmp_path)]
+    assert store_of(parser.parse_args([*mine, "--quick"]), "adp") == tmp_path
+    jobs = [Job(name, {**TINY, "seed": seed}, tmp_path, last_merge) for seed, name in enumerate("ab")]
+    keep(jobs[0].path, {"round": -1})
+    assert complete(jobs, parser.parse_args([*mine, "--kept"])) == {}
+    assert not jobs[1].path.exists()
+    assert complete(jobs, parser.parse_args(mine)) == {}
+    assert load(jobs[0].path) == {"round": -1}
+    assert load(jobs[1].path)["round"] == 2
