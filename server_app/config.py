@@ -87,7 +87,7 @@ class RunConfig:
 
     Attributes
     ----------
-    strategy : a name of ``strategies.STRATEGIES``; its own settings are the keys ``STRATEGY.*``.
+    strategy : the method; its own settings are the keys ``STRATEGY.*``.
     num_rounds, num_clients, seed : of the run.
     transport : ``grid`` (Flower's engines) or ``local`` (a pool of processes, without Flower's engine).
     num_workers : client processes of this machine; 0 for as many as cores. With ``transport=local`` a single one is

@@ -65,11 +65,13 @@ class CoS2PConfig:
     masks : ``agreed`` (clients learn which units matter on their data, and keep those that most of them chose),
         ``learned`` (each keeps its own choice, as in the paper), ``random`` or ``first`` units.
     mask_receptions : merged answers in which a client learns its mask, before it is fixed.
-    mask_epochs, mask_learning_rate : of the mask phase; the rate is that of the scores.
+    mask_epochs : passes over its examples by which a client learns its mask, at each of these.
+    mask_learning_rate : of the scores.
     mask_penalty : lambda of ``|mean(gates) - width rate|``.
     mask_select : final mask: ``top-k`` of the scores per group, or drawn (``bernoulli``), which misses the rate.
     transfer : ``deepest-teaches``, ``mutual`` or ``none``; for models with exits (``model.exits``).
-    temperature, kd_weight, kd_start : of the distillation; it begins in round ``kd-start``.
+    temperature, kd_weight : of the distillation, beside each exit's own cross-entropy.
+    kd_start : first round with distillation.
     client_weight : ``co-s2p``; ``published``, which depends on the sizes of the model and the sub-model; ``samples``,
         ``uniform`` or ``polynomial`` (n (1 + staleness)^-0.5).
     coverage_norm : ``global`` divides by the weight of the whole merge, so that what few have tried moves little;
