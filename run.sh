@@ -16,7 +16,7 @@ usage() {
 ./run.sh bench NAME [arguments]      one benchmark of bench/
 ./run.sh help
 
-The keys and their defaults are in pyproject.toml under [tool.flwr.app.config].
+Every key, its default and what it means: docs/settings.md.
 Environment: PYTHON (the interpreter, 3.11 or newer), PRUNUS_TORCH_INDEX (a package index to take torch from, or `default`).
 END
 }
