@@ -13,8 +13,8 @@ made of what there is.
 
 ``plain``: the base algorithm on the model without gates. ``d=1``: with gates and nothing pruned. Savings are counted
 against the unpruned run of *the same architecture*: ``d=1`` for what has gates (and for ``plain``, whose row says what
-gates cost), ``plain`` for what has none. ``--controls`` adds, at density .5: ``client`` (gates, a sub-model per client)
-and, without gates, ``static`` (the same units for everybody and every input) and ``magnitude`` (what one published
+gates cost), ``plain`` for what has none. ``--controls`` adds, at density .5: ``client`` (gates, a sub-model per client), ``all
+uploads`` (not the most salient filters alone) and, without gates, ``static`` (the same units for everybody and every input) and ``magnitude`` (what one published
 snapshot does).
 
 Bytes to a target are counted in three ways. *Authors'*: rounds to the target, times the bytes of a whole model for
@@ -48,6 +48,7 @@ DENSITIES = (1.0, 0.7, 0.5, 0.3)
 BASES = ("fedavg", "scaffold")
 CONTROLS: dict[str, Keys] = {
     "client": {"adp.share": "client"},
+    "all uploads": {"adp.upload": "all"},
     "static": {"adp.mode": "static", "model.gates": False},
     "magnitude": {"adp.mode": "magnitude", "model.gates": False},
 }
@@ -145,7 +146,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", action="append", choices=("fedavg", "fedprox", "scaffold", "fednova"))
     parser.add_argument("--partition", action="append")
     parser.add_argument("--density", action="append", type=float)
-    parser.add_argument("--controls", action="store_true", help="also client, static and magnitude")
+    parser.add_argument("--controls", action="store_true", help="also client, all uploads, static and magnitude")
     parser.add_argument("--share", default="group", help="who shares winners (default group)")
     parser.add_argument("--width", type=float, default=1.0, help="of the model, e.g. 4 (default 1)")
     parser.add_argument("--rounds", type=int, default=0, help="default: the task's")
@@ -190,7 +191,7 @@ def job_of(task: Task, base: str, partition: str, seed: int, name: str, options:
         "data.seed": seed,
         "num-rounds": options.rounds,
     }
-    what = name if name == PLAIN else f"{name}-{options.share}"
+    what = name if name == PLAIN else f"{name.replace(' ', '-')}-{options.share}"
     budget = f"rounds{options.rounds}_images{options.images}_width{options.width:g}"
     return Job(f"{task.name}_{budget}_{base}_{partition}_seed{seed}_{what}", keys, options.store, outcome)
 
