@@ -13,9 +13,9 @@ made of what there is.
 
 ``plain``: the base algorithm on the model without gates. ``d=1``: with gates and nothing pruned. Savings are counted
 against the unpruned run of *the same architecture*: ``d=1`` for what has gates (and for ``plain``, whose row says what
-gates cost), ``plain`` for what has none. ``--controls`` adds, at density .5: ``client`` (gates, a sub-model per client), ``all
-uploads`` (not the most salient filters alone) and, without gates, ``static`` (the same units for everybody and every input) and ``magnitude`` (what one published
-snapshot does).
+gates cost), ``plain`` for what has none. ``--controls`` adds, at density .5: ``client`` (gates, a sub-model per
+client), ``all uploads`` (not the most salient filters alone) and, without gates, ``static`` (the same units for
+everybody and every input) and ``magnitude`` (what one published snapshot does).
 
 Bytes to a target are counted in three ways. *Authors'*: rounds to the target, times the bytes of a whole model for
 every client and direction. *Salient*: the uploads that were really sent. *Wire*: all tensors, both ways. A target
