@@ -155,7 +155,11 @@ class ADP(SubModelStrategy):
         if c.mode == "static":
             refuse(not self._groups, "adp.mode=static", "the model has nothing that can be left out")
         if c.mode == "gate" and c.share == "group" and self.setting.network is not None:
-            refuse(not gates_of(self.setting.network).can_group, "adp.share=group", "the model is no chain of blocks")
+            refuse(
+                not gates_of(self.setting.network).can_group,
+                "adp.share=group",
+                "the model is no chain of blocks (traced models never are); use adp.share=batch or sample",
+            )
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -171,6 +175,7 @@ class ADP(SubModelStrategy):
             (c.share != "group", ("num-groups",), f"share={c.share}", "share=group"),
             (c.share == "client", of_winners, "share=client", "share=group, batch or sample"),
             (c.upload == "all", ("upload-density",), "upload=all", "upload=salient"),
+            (c.density == 1, ("upload-density",), "density=1", "density below 1"),
             (c.base != "fedprox", ("mu",), f"base={c.base}", "base=fedprox"),
         ):
             found = changed(c, names, self.name) if is_idle else []

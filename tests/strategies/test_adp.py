@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from client_app.handler import handle
 from pruning.extract import embed
 from pruning.gates import BITMAP, PREFIX, SALIENCE
+from pruning.groups import Layout
 from strategies.adp import ADPConfig
 from tests.marks import slow_but
-from tests.runs import equal_states, final_state, select, tiny_run
+from tests.runs import equal_states, final_state, select, tiny_run, without_timings
 from wire.flat import ConfigError
 from wire.message import Instruction, Report
 from zoo import get_model
@@ -57,9 +59,16 @@ def test_the_model_itself_says_how_many_units_win_and_dense_rounds_send_everythi
     assert all(len(report.narrowed.units["hidden1"]) == K for _, report in spy.of(2))
 
 
-def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_value(tmp_path):
-    """Per channel, weight n_i, entry by entry in float64."""
-    spy = Spy()
+@pytest.mark.parametrize("lost", slow_but((None,), (None, 1)))
+def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_value(lost, tmp_path):
+    """Per channel, weight n_i, entry by entry in float64; a client whose upload is lost counts for nothing."""
+
+    def change(instruction: Instruction, report: Report) -> Report:
+        if (instruction.server_round, instruction.partition_id) == (2, lost):
+            raise RuntimeError("the upload was lost")
+        return report
+
+    spy = Spy(change)
     tiny_run(tmp_path / "run", spy, **{**ADP, "num-rounds": 2, "adp.upload-density": 0.2})
     _, layout = get_model("mlp", 10, 1, 8, gates=True)
     before = dict(spy.of(2)[0][0].state)
@@ -71,6 +80,7 @@ def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_valu
         for key in total:
             total[key] += report.num_examples * held[key] * state[key].double()
             weight[key] += report.num_examples * held[key]
+    assert len(spy.of(2)) == (4 if lost is None else 3)
     num_kept = 0
     for key, tensor in before.items():
         if not tensor.is_floating_point():
@@ -219,6 +229,43 @@ def test_measured_plans_are_logged_once_per_client_and_layers_that_do_not_pay_ar
     assert "leaves every layer dense" in warning["message"]
 
 
+def test_a_gate_that_leaves_nobody_out_is_measured_once_and_does_not_pay(tmp_path):
+    rows = tiny_run(tmp_path / "run", **{**ADP, "adp.plan": "measured", "adp.density": 1.0})
+    assert [row["partition_id"] for row in select(rows, "plan", server_round=1)] == [0, 1, 2, 3]
+    assert not select(rows, "plan", server_round=2)
+    assert [row["dense"] for row in select(rows, "gates")] == [[], ["hidden1"], ["hidden1"]]
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "salience": {"adp.share": "client"},
+    "variates": {"adp.base": "scaffold"},
+    "static units": {"model.gates": False, "adp.mode": "static"},
+    "nothing but the schedule": {},
+}
+"""What a run has to remember -> settings under which it does."""
+
+
+@pytest.mark.parametrize("number", slow_but((3,), (1, 3)))
+@pytest.mark.parametrize("what", slow_but(("static units",), RESUMED))
+def test_a_run_that_is_resumed_in_its_warm_up_or_on_its_way_down_is_the_same_run(what, number, tmp_path):
+    """Dense in rounds 1 and 2, at density .75 in round 3, at .5 from round 4 on."""
+    keys = {**ADP, **RESUMED[what], "adp.warmup-rounds": 2, "adp.ramp-rounds": 2, "num-rounds": 5}
+    whole = tiny_run(tmp_path / "whole", **keys)
+    tiny_run(tmp_path / "first", **{**keys, "num-rounds": number})
+    resumed = tiny_run(tmp_path / "second", resume=str(tmp_path / "first"), **keys)
+    assert equal_states(final_state(tmp_path / "second"), final_state(tmp_path / "whole"))
+    kept = [[row for row in without_timings(rows) if row["event"] != "warning"] for rows in (resumed, whole)]
+    assert kept[0] == kept[1]
+
+
+def test_clients_that_were_measured_are_not_measured_again_after_a_resume(tmp_path):
+    keys = {**ADP, "adp.plan": "measured"}
+    tiny_run(tmp_path / "first", **{**keys, "num-rounds": 1})
+    rows = tiny_run(tmp_path / "second", resume=str(tmp_path / "first"), **keys)
+    assert [row["server_round"] for row in select(rows, "plan")] == [1, 1, 1, 1]
+    assert select(rows, "gates")[-1]["dense"] == ["hidden1"]
+
+
 def test_a_row_of_every_round_says_what_the_gates_did(tmp_path):
     rows = select(tiny_run(tmp_path / "run", **ADP), "gates")
     assert [(row["server_round"], row["density"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 0.5)]
@@ -226,6 +273,18 @@ def test_a_row_of_every_round_says_what_the_gates_did(tmp_path):
     assert set(rows[2]["layers"]["hidden1"]) == {"entropy", "overlap", "never_used_ratio", "agreement"}
     assert all(0 <= value <= 1 for value in rows[2]["layers"]["hidden1"].values())
     assert len(rows[2]["overlaps"]) == 10
+
+
+def without_blocks(num_classes: int, in_channels: int, image_size: int) -> tuple[nn.Module, Layout]:
+    """A model whose layout says nothing of blocks, as that of a traced one."""
+    model, layout = get_model("cnn", num_classes, in_channels, image_size)
+    return model, Layout(layout.groups)
+
+
+def test_a_model_that_is_no_chain_of_blocks_shares_winners_by_batch(tmp_path):
+    keys = {"model.name": "tests.strategies.test_adp:without_blocks", "adp.share": "batch"}
+    rows = tiny_run(tmp_path / "run", **{**ADP, **keys, "data.max-train": 100, "train.local-epochs": 1})
+    assert set(select(rows, "gates")[-1]["layers"]) == {"stage2", "stage3"}
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -240,6 +299,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "use train.optimizer=sgd": {"adp.base": "fednova", "train.optimizer": "adam"},
     "robust.centre=mean without clipping": {"adp.base": "scaffold", "robust.centre": "median"},
     "nothing to measure; use adp.plan=all": {"adp.share": "client", "adp.plan": "measured"},
+    r"no chain of blocks .* use adp.share=batch or sample": {"model.name": "tests.strategies.test_adp:without_blocks"},
     "with model.name=vit_micro": {
         "adp.mode": "static",
         "model.gates": False,
@@ -265,6 +325,10 @@ IDLE: dict[str, dict[str, Any]] = {
     r"adp.num-groups=2 with adp.share=batch.*use adp.share=group": {"adp.num-groups": 2, "adp.share": "batch"},
     r"adp.upload-density=0.25 with adp.share=client": {"adp.upload-density": 0.25, "adp.share": "client"},
     r"adp.upload-density=0.25 with adp.upload=all": {"adp.upload-density": 0.25, "adp.upload": "all"},
+    r"adp.upload-density=0.25 with adp.density=1.*use adp.density below 1": {
+        "adp.upload-density": 0.25,
+        "adp.density": 1.0,
+    },
     r"adp.mu=0.1 with adp.base=fednova.*use adp.base=fedprox": {"adp.mu": 0.1, "adp.base": "fednova"},
 }
 

@@ -201,6 +201,20 @@ def test_a_batch_of_one_works(name, share, make_gated):
     torch.testing.assert_close(compact, masked, rtol=1e-9, atol=1e-9)
 
 
+@every_share
+@pytest.mark.parametrize("name", ["resnet8", "vgg11"])
+def test_a_batch_of_one_can_be_trained_on(name, share, make_gated):
+    """At the end of ``vgg11`` a unit has one activation only: its variance is zero, its gradients stay numbers."""
+    model, _ = make_gated(name)
+    pair = twins(model, share, training=True)
+    for twin in pair:
+        functional.cross_entropy(twin(images_for(name, 1)), torch.tensor([3])).backward()
+    others = dict(pair[1].named_parameters())
+    for key, parameter in pair[0].named_parameters():
+        torch.testing.assert_close(others[key].grad, parameter.grad, rtol=1e-7, atol=1e-9, msg=key)
+        assert torch.isfinite(parameter.grad).all(), key
+
+
 @pytest.mark.parametrize("layout_of_memory", [torch.contiguous_format, torch.channels_last])
 def test_groups_answer_in_the_order_in_which_the_images_came(layout_of_memory, make_gated):
     model, _ = make_gated("resnet8", density=1.0)  # every unit wins: groups change nothing but the order on the way

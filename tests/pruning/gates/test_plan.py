@@ -20,17 +20,24 @@ def forget() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["cnn", "mobilenet_v2", "mlp", "lenet"])
-def test_every_layer_that_would_be_smaller_is_measured_and_the_model_left_alone(name, training, make_gated):
+def test_every_gated_layer_is_measured_and_the_model_left_alone(name, training, make_gated):
     model, _ = make_gated(name, 0.5, torch.float32)
     gates_of(model).configure("group", compact=True, num_groups=2)
     before, mode = copy.deepcopy(model.state_dict()), model.training
     found = measure_plan(model, images_for(name, dtype=torch.float32), training=training, repeats=1)
-    smaller = [site.group for site, gate in gates_of(model).pairs() if gate.k < site.size]
-    assert [layer.group for layer in found] == smaller
+    assert [layer.group for layer in found] == [site.group for site in gates_of(model).sites]
     assert all(layer.dense_s > 0 and layer.gated_s > 0 for layer in found)
     assert states_equal(model.state_dict(), before)
     assert model.training == mode
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_layer_in_which_every_unit_wins_is_measured_too(make_gated):
+    model, _ = make_gated("cnn", 0.5, torch.float32)
+    gates_of(model).configure("batch", compact=True)
+    model.gates["stage2"].num_winners.fill_(64)
+    found = measure_plan(model, images_for("cnn", dtype=torch.float32), training=True, repeats=1)
+    assert [layer.group for layer in found] == ["stage2", "stage3"]
 
 
 def test_layers_that_are_alike_are_measured_once(make_gated, monkeypatch):
