@@ -65,7 +65,8 @@ class ADPConfig:
     upload : ``salient`` (the units most salient on a client's data) or ``all``.
     upload_density : share of a layer's units that is sent; 0 for ``density``.
     gates : ``global`` (averaged) or ``personal`` (they stay on the client).
-    plan : gate ``all`` layers, or those in which gating pays on the clients' devices, ``measured`` once on each.
+    plan : gate ``all`` layers, or those in which gating pays on the clients' devices, ``measured`` once on each
+        device that is asked before pruning begins.
     threshold : of ``magnitude``.
     base : ``fedavg``, ``fedprox``, ``scaffold`` or ``fednova``; mu: of ``fedprox``.
     """
@@ -280,7 +281,7 @@ class ADP(SubModelStrategy):
             "optimizer-mask": c.optimizer_mask,
             "upload-density": 1.0 if sends_all else c.upload_density or self._density,
             "personal": c.gates == "personal",
-            "measure": c.plan == "measured" and partition_id not in self._times,
+            "measure": self._is_measured_now and partition_id not in self._times,
             "density": c.density,
         }
         is_known = c.gates == "personal" and partition_id in self.progress.last_dispatch
@@ -291,6 +292,12 @@ class ADP(SubModelStrategy):
             base.companions(spec),
             travels=_without_gates if is_known else None,
         )
+
+    @property
+    def _is_measured_now(self) -> bool:
+        """Whether clients measure: until pruning begins, for a layer whose gate comes or goes is another function."""
+        c = self.config
+        return c.plan == "measured" and (not self._times or self.progress.server_round < max(1, c.warmup_rounds))
 
     def _set_winners(self) -> None:
         """Write into the model how many units of each layer win, 0 where gating does not pay on the clients' devices.

@@ -236,6 +236,15 @@ def test_a_gate_that_leaves_nobody_out_is_measured_once_and_does_not_pay(tmp_pat
     assert [row["dense"] for row in select(rows, "gates")] == [[], ["hidden1"], ["hidden1"]]
 
 
+def test_the_plan_is_settled_when_pruning_begins_whoever_is_asked_later(tmp_path):
+    drawn = {"loop.clients-per-round": 1, "num-rounds": 6}
+    rows = tiny_run(tmp_path / "run", **{**ADP, **drawn, "adp.plan": "measured", "adp.warmup-rounds": 2})
+    asked = {row["partition_id"]: row["server_round"] for row in reversed(select(rows, "arrival"))}  # first time
+    assert max(asked.values()) > 2, "somebody comes after the warm-up"
+    measured = {row["partition_id"] for row in select(rows, "plan")}
+    assert measured == {pid for pid, server_round in asked.items() if server_round <= 2}
+
+
 RESUMED: dict[str, dict[str, Any]] = {
     "salience": {"adp.share": "client"},
     "variates": {"adp.base": "scaffold"},
