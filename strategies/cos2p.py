@@ -293,7 +293,7 @@ class CoS2P(SubModelStrategy):
 
     @cached_property
     def _tall(self) -> dict[int, Capability]:
-        return full_depth_capabilities(self._budgets, self.setting, self._groups, self._learns, self._full_depth)
+        return full_depth_capabilities(self._budgets, self.setting, self._groups, self._full_depth)
 
     # --- orders ------------------------------------------------------------------------------------------------------
 
