@@ -23,6 +23,7 @@ from pruning.extract import State
 from pruning.groups import Layout
 from pruning.merge import AggregateResult, MaskedMean, MergeError, MergeRule, holders_mean
 from pruning.rows import Kept, gather
+from pruning.spec import SubModelSpec
 
 CENTRES = ("mean", "trimmed-mean", "median")
 CHUNK_ENTRIES = 1 << 22
@@ -61,6 +62,15 @@ class RobustMean(MaskedMean):
             )
         self.centre, self.trim_ratio, self.clip_norm, self.clip_factor = centre, trim_ratio, clip_norm, clip_factor
         self._answers: list[tuple[dict[str, Tensor], Mapping[str, Kept], float, dict[str, float]]] = []
+
+    def add(self, sub_state: State, spec: SubModelSpec, weight: float, *, part: SubModelSpec | None = None) -> None:
+        """Add one client's reply as ``MaskedMean`` does.
+
+        Where the middle counts, every weight but 0 is the same: also in the shares of a rule that divides by everybody,
+        or who claims a large one could hold still whatever is not part of its own answer.
+        """
+        is_alike = self.centre != "mean" and math.isfinite(weight) and weight > 0
+        super().add(sub_state, spec, 1.0 if is_alike else weight, part=part)
 
     def add_partial(self, other: MaskedMean) -> None:
         """Not possible: the middle of all cannot be had from the middles of parts."""

@@ -209,6 +209,14 @@ class CoS2P(SubModelStrategy):
                 f"{widest:.2g} of a layer's units: the others are never trained. Give one client more, set "
                 "cos2p.rotate-coverage=true, or cos2p.masks=learned",
             )
+        robust = self.setting.robust
+        if c.client_weight in BY_STEPS and robust.centre == "mean" and not robust.is_plain:
+            self.warn(
+                0,
+                f"cos2p.client-weight={c.client_weight} with robust.clip-*: an answer counts by the length of its step "
+                "before it is shortened, so that who lies about it outweighs the others; set robust.centre=median, or "
+                "cos2p.client-weight=uniform",
+            )
         teaches = job.model.exits and c.transfer != "none" and c.kd_weight > 0
         if teaches and c.kd_start > job.num_rounds:
             self.warn(
@@ -287,7 +295,7 @@ class CoS2P(SubModelStrategy):
 
     @cached_property
     def _tall(self) -> dict[int, Capability]:
-        return full_depth_capabilities(self._budgets, self.setting, self._groups, self._learns, self._full_depth)
+        return full_depth_capabilities(self._budgets, self.setting, self._groups, self._full_depth)
 
     # --- orders ------------------------------------------------------------------------------------------------------
 

@@ -121,13 +121,13 @@ def solve_budgets(
 
 
 def full_depth_capabilities(
-    budgets: Sequence[Budget], setting: Setting, groups: Sequence[Group], learns_masks: bool, full_depth: int
+    budgets: Sequence[Budget], setting: Setting, groups: Sequence[Group], full_depth: int
 ) -> dict[int, Capability]:
-    """Who could hold every block, at a smaller width, and how: those who rotate."""
+    """Who could hold every block, at a smaller width, and how: those who rotate, and learn no mask in their turn."""
     found: dict[Budget, Capability] = {}
     for budget in set(budgets):
         with suppress(CapabilityError):
-            found[budget] = solve_budget(budget, setting, groups, "paper", learns_masks, full_depth)
+            found[budget] = solve_budget(budget, setting, groups, "paper", False, full_depth)
     return {pid: found[budget] for pid, budget in enumerate(budgets) if budget in found}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import log
+from math import isfinite, log
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,13 @@ def mask_learning(task: Task) -> Objective:
 
 
 def learn_mask(task: Task) -> Learned:
-    """Train the scores for ``mask-epochs``; the model is left as it was received."""
+    """Train the scores for ``mask-epochs``; the model is left as it was received.
+
+    Raises
+    ------
+    ObjectiveError
+        If the loss is not finite: scores that are no numbers rank no units.
+    """
     assert task.examples is not None
     phase = MaskPhase(task, learnable_groups(task))
     total, num_seen, num_examples = 0.0, 0, len(task.examples)
@@ -110,6 +116,11 @@ def learn_mask(task: Task) -> Learned:
             x, y = task.examples.batch(index)
             total += phase.step(augmented(x, task.train, task.generator), y) * len(y)
             num_seen += len(y)
+        if not isfinite(total):
+            raise ObjectiveError(
+                f"objective: mask-learning: the loss became {total / num_examples}; lower the learning rate, or "
+                "mask-penalty"
+            )
     kept, memory = phase.close()
     spec = SubModelSpec.of({**task.spec.units, **kept}, task.spec.depth)
     return Learned(spec, memory, total / num_examples, num_seen, phase.peak_bytes)

@@ -397,6 +397,12 @@ def test_it_refuses_what_it_does_not_know_and_what_it_cannot_narrow(masked):
         learnable_groups(replace(task, spec=SubModelSpec.of({g.name: range(3) for g in layout.prunable})))
 
 
+def test_a_mask_phase_whose_loss_is_no_number_ends_the_request_with_the_remedy(masked, tmp_path):
+    with pytest.raises(ObjectiveError, match=r"mask-learning: the loss became (inf|nan); lower the learning rate"):
+        handle(masked(settings={"mask-penalty": 1e39}))
+    assert not ClientStore(str(tmp_path), 0).load(0), "nothing of it is remembered"
+
+
 def test_a_regulariser_reaches_the_small_model(masked):
     plain = handle(masked("resnet8", True))
     sparse = handle(masked("resnet8", True, train={"sparsity": 0.05}))

@@ -60,11 +60,25 @@ def test_what_nobody_held_keeps_its_value_bit_for_bit():
 
 def test_every_merge_rule_applies_to_the_centre():
     before = {"w": torch.full((4,), 10.0)}
-    for rule, expected in ((everybody_mean, 2 * 3 / 4), (residual_mean, (2 * 3 + 1 * 10) / 4)):
+    for rule, expected in ((everybody_mean, 2 / 2), (residual_mean, (2 + 10) / 2)):
         mean = RobustMean(before, LINE, centre="median")
-        mean.add(answer(2), SubModelSpec.of({"units": [0]}), 3)
+        mean.add(answer(2), SubModelSpec.of({"units": [0]}), 1)
         mean.add(answer(0), SubModelSpec.of({"units": [1]}), 1)
         assert merged(mean, rule=rule)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("centre", ["median", "trimmed-mean"])
+@pytest.mark.parametrize("rule", [everybody_mean, residual_mean])
+def test_no_weight_that_a_client_claims_holds_still_what_others_train(rule, centre):
+    """Both rules divide by everybody's weight; the liar holds the last unit only."""
+    results = []
+    for claimed in (1.0, 1e12):
+        mean = RobustMean(ZEROS, LINE, centre=centre)
+        for _ in range(3):
+            mean.add(answer(4, 4, 4), SubModelSpec.of({"units": [0, 1, 2]}), 1)
+        mean.add(answer(0), SubModelSpec.of({"units": [3]}), claimed)
+        results.append(merged(mean, rule=rule))
+    assert results[0] == results[1] == pytest.approx([3, 3, 3, 0])
 
 
 def test_an_update_longer_than_the_bound_is_shortened_to_it_by_hand():

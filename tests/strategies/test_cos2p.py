@@ -259,6 +259,7 @@ def test_settings_that_would_do_nothing_are_refused(settings, message, tmp_path)
             "cos2p.temperature=1.0, cos2p.kd-weight=0.9 with cos2p.transfer=none: has no effect",
         ),
         ({"cos2p.budgets": "0.5"}, "cos2p.masks=agreed: .* no client keeps more than 0.5 of a layer's units"),
+        ({"robust.clip-factor": 2.0}, r"client-weight=co-s2p with robust\.clip-\*: .*set robust\.centre=median, or"),
         ({"model.exits": True, "cos2p.kd-start": 2}, "no exit ever teaches another: cos2p.kd-start=2 is behind"),
     ],
 )

@@ -8,8 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.capability import Capability, CapabilityError, inner_groups, sub_model_at
+from pruning.capability import (
+    Capability,
+    CapabilityError,
+    Training,
+    inner_groups,
+    peak_memory_bytes,
+    sub_model_at,
+)
+from pruning.cost import measure_costs
 from pruning.spec import FULL, SubModelSpec
+from server_app.config import parse
 from strategies.cos2p_rule import (
     Budget,
     Coverage,
@@ -21,8 +30,10 @@ from strategies.cos2p_rule import (
     parse_budgets,
     published_weight,
 )
+from strategies.setting import Setting
 from tests.vits import small
 from wire.flat import ConfigError
+from wire.message import Job
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +53,23 @@ def test_each_budget_is_solved_once_however_many_clients_have_it(vit, monkeypatc
 
     monkeypatch.setattr("strategies.cos2p_rule.solve_budget", solve)
     budgets = [Budget(memory_bytes=1.0 + pid % 3) for pid in range(600)]
-    found = full_depth_capabilities(budgets, None, vit[1], True, 4)
+    found = full_depth_capabilities(budgets, None, vit[1], 4)
     assert sorted(solved) == [1.0, 2.0, 3.0]
     assert found == {pid: Capability(4, 1.0, (1.0 + pid % 3) / 10) for pid in range(600) if pid % 3}
+
+
+def test_whoever_takes_a_turn_needs_no_room_for_a_mask_phase():
+    model, layout = small(10, 1, 8, exits=True)
+    cost, run = measure_costs(model, layout, torch.zeros(2, 1, 8, 8)), parse({"strategy": "cos2p"}).run
+    setting = Setting(Job(run.model, run.data, run.train, 1, 9, 0), layout, cost)
+    groups = inner_groups(layout, cost.shapes)
+    need = [
+        peak_memory_bytes(layout, cost, groups, 4, 0.25, Training(run.train.batch_size, 1, learns_masks))
+        for learns_masks in (False, True)
+    ]
+    assert need[0] < need[1]
+    found = full_depth_capabilities([Budget(memory_bytes=sum(need) / 2)], setting, groups, 4)
+    assert found[0].depth == 4
 
 
 def test_budgets_are_rates_bytes_or_shares_of_a_device():
