@@ -6,7 +6,8 @@
 
 Every run is kept in results/bench/cos2p; a run that is there is not repeated. Each method goes on, at one learning
 rate, until the same virtual time has passed, so that its curve can be read at any time before, too. The clock is the
-fleet's; memory is measured in client processes of their own, one for each device class and phase. The CIFAR tasks need
+fleet's; memory is counted by every client, and measured in client processes of their own, one for each of Co-S2P's
+device classes and phases. *Slow clients* are the slower half, who hold the smaller sub-models. The CIFAR tasks need
 ``--data-dir`` with NAME.npz or torchvision's files; without them they are left out.
 """
 
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.common import add_device, finish, in_fresh_process, peak_bytes, print_table, seeds_of
+from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
+from bench.cos2p_memory import kept_memory
 from bench.runs import (
     FOLDERS,
     Job,
@@ -30,7 +33,6 @@ from bench.runs import (
     complete,
     first_reaching,
     has_cifar,
-    keep,
     last_within,
     load,
     mean_and_spread,
@@ -38,6 +40,7 @@ from bench.runs import (
     read,
     store_of,
 )
+from fleet.fleet import make_fleet
 from reporting.summary import utilisation
 from server_app.config import parse_overrides
 
@@ -46,7 +49,6 @@ NEAR = 0.97
 """Share of the lower of two accuracies that counts as equal accuracy: curves end on a plateau, in noise."""
 Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """Method -> seed -> outcome."""
-MEMORY_MODEL, MEMORY_BATCH = "vit_tiny", 32
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     methods = options.method or list(METHODS)
     jobs = [job_of(task, seed, method, options) for task in tasks for seed in seeds_of(options) for method in methods]
     complete(jobs, options)
-    memory = kept_memory(options)
+    memory = kept_memory(options.store, is_quick=options.quick, may_measure=not options.kept)
     print_table("peak of a client process, measured above its peak before the request", memory)
     tables = [summarise(task, options, memory) for task in tasks]
     for table in tables:
@@ -258,19 +260,37 @@ def best_at(run: Mapping[str, Any], time_s: float) -> float:
 def figures(run: Mapping[str, Any], budget_s: float, target: float | None) -> dict[str, float]:
     """The columns of one run; there is no target (NaN) where the run that sets it for this seed is missing."""
     point = at_time(run, budget_s)
-    clients = list(point["clients"].values())
+    clients, memory = point["clients"], run["peak_memory"]
+    slow, fast = halves()
     return {
         "rounds": point["rounds"],
         "base": point["base"],
         "best of family": point["best"],
         "in half the time": best_at(run, budget_s / 2),
-        "clients' own": statistics.fmean(clients) if clients else float("nan"),
+        "clients' own": mean_of(clients, slow + fast),
+        "slow clients' own": mean_of(clients, slow),
         "first exit": point["family"].get("exit 1", float("nan")),
         "time to target": float("nan") if target is None else first_reaching(run["curve"], target),
         "utilisation": run["utilisation"],
         "median N*": run["n_star"],
         "upload MB": point["upload_bytes"] / 1e6,
+        "slow clients' MiB": mean_of(memory, slow) / 2**20,
+        "fast clients' MiB": mean_of(memory, fast) / 2**20,
     }
+
+
+@cache
+def halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Partition ids of the slower half of the devices, which hold the smaller sub-models, and of the faster one."""
+    fleet = make_fleet(str(COMMON["fleet.name"]), int(COMMON["num-clients"]))
+    by_speed = [str(pid) for pid in sorted(range(len(fleet)), key=lambda pid: -fleet.speed_ranks[pid])]
+    return tuple(by_speed[: len(fleet) // 2]), tuple(by_speed[len(fleet) // 2 :])
+
+
+def mean_of(figures: Mapping[str, float], clients: Sequence[str]) -> float:
+    """Mean of the figures of those of the clients who have one; NaN if nobody has."""
+    found = [figures[pid] for pid in clients if pid in figures]
+    return statistics.fmean(found) if found else float("nan")
 
 
 def slim(run: Mapping[str, Any], budget_s: float) -> dict[str, Any]:
@@ -323,77 +343,6 @@ def saved_time(ours: Mapping[str, Any], theirs: Mapping[str, Any], budget_s: flo
     """Share of their time that ours does not need until both are as accurate, nearly, as the less accurate one."""
     target = NEAR * min(best_at(ours, budget_s), best_at(theirs, budget_s))
     return 1 - first_reaching(ours["curve"], target) / max(1e-9, first_reaching(theirs["curve"], target))
-
-
-# --- memory of client processes --------------------------------------------------------------------------------------
-
-
-def kept_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the store has of ``measure_memory``, measured now where it lacks it; [] if ``--kept`` forbids that."""
-    path = options.store / f"memory_{MEMORY_MODEL}.json"
-    if not path.exists() and not options.kept:
-        keep(path, {"rows": measure_memory(options.quick)})
-    rows: list[dict[str, Any]] = load(path)["rows"] if path.exists() else []
-    return rows
-
-
-def measure_memory(is_quick: bool = False) -> list[dict[str, Any]]:
-    """Peak of one client process per device class and phase, and the saving against the full model's training."""
-    model = "vit_micro" if is_quick else MEMORY_MODEL
-    rows = []
-    for rate in (1.0, 0.5) if is_quick else (1.0, 0.75, 0.5, 0.25):
-        for phase in ("weights", "masks + weights")[: 1 if rate == 1 else 2]:
-            rows.append(
-                {"rate": rate, "phase": phase, **in_fresh_process(client_peak, model, rate, phase != "weights")}
-            )
-    full = rows[0]
-    for row in rows:
-        row["against full"] = row["measured_mib"] / full["measured_mib"] - 1
-        row["counted against full"] = row["counted_mib"] / full["counted_mib"] - 1
-    return rows
-
-
-def client_peak(model: str, rate: float, learns_masks: bool) -> dict[str, float]:
-    """Peak of this process while it handles one request, above its peak before; and what the client counts."""
-    import torch
-
-    from bench.cos2p_scale import reset_peak
-    from client_app.data import client_examples
-    from client_app.handler import handle
-    from client_app.model import build_model, full_model, sub_model
-    from pruning.capability import inner_groups, solve_rate, sub_model_at
-    from pruning.extract import extract
-    from wire.message import DataConfig, Instruction, Job, ModelConfig, TrainConfig
-
-    torch.set_num_threads(1)
-    config = ModelConfig(model, exits=True)
-    train = TrainConfig(batch_size=MEMORY_BATCH, optimizer="adam", learning_rate=0.001)
-    job = Job(config, DataConfig(max_train=4 * MEMORY_BATCH * 2, partition="iid", test_ratio=0.1), train, 4, 10, 0)
-    network, layout = build_model(config, 10, (1, 8, 8))
-    groups = inner_groups(layout, {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()})
-    depth = solve_rate(layout, rate).depth
-    spec = sub_model_at(layout, groups, depth, 1.0 if learns_masks else rate)
-    state = {key: tensor.clone() for key, tensor in extract(network.state_dict(), layout, spec).items()}
-    del network
-    settings: Keys = {"then": "deepest-teaches", "width-rate": rate, "mask-epochs": 1, "distillation-weight": 0.5}
-    objective = "mask-learning" if learns_masks else "deepest-teaches"
-    instruction = Instruction("train", 0, 0, 1, 0, job, state, spec, objective, settings)
-    warm = replace(train, batch_size=2)  # imports and caches are not what is compared
-    client_examples(job.data, 4, 0)
-    full_model(config, 10, (1, 8, 8))
-    sub_model(config, 10, (1, 8, 8), spec)
-    tiny = replace(job, model=ModelConfig("mlp"), train=warm)
-    small = build_model(tiny.model, 10, (1, 8, 8))[0].state_dict()
-    handle(Instruction("train", 0, 0, 1, 0, tiny, small))
-    del small
-    reset_peak()
-    before = peak_bytes()
-    report = handle(instruction)
-    return {
-        "measured_mib": (peak_bytes() - before) / 2**20,
-        "counted_mib": report.peak_memory_bytes / 2**20,
-        "examples": float(report.num_examples),
-    }
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from bench import cos2p
+from bench import cos2p, cos2p_memory
 from bench.common import RESULTS
 from bench.cos2p import METHODS, TASKS, claims, figures, job_of, outcome, summarise
 from bench.runs import keep
@@ -30,10 +30,11 @@ def run_of(accuracies, round_s=1.0, utilisation=0.5, family=None):
     """A made-up outcome: one evaluation a round."""
     curve = [
         {"time_s": n * round_s, "rounds": n, "upload_bytes": n * 1e6, "base": a / 2, "best": a, "family": family or {}}
-        | {"clients": {"0": a, "1": a / 2}}
+        | {"clients": {"0": a, "3": a / 2}}  # a Nano and an Orin
         for n, a in enumerate(accuracies)
     ]
     totals = {"num_rounds": len(curve) - 1, "time_s": curve[-1]["time_s"], "stale_ratio": 0.1}
+    totals["peak_memory"] = {"0": 2**20, "3": 3 * 2**20}
     return {"curve": curve, **totals, "utilisation": utilisation, "n_star": 2}
 
 
@@ -55,6 +56,7 @@ def test_a_row_is_read_at_the_end_of_the_virtual_time():
     row = figures(run_of([0.1, 0.2, 0.4, 0.6, 0.9], round_s=1.01, family=family), 3.1, 0.3)
     assert (row["best of family"], row["base"]) == (0.6, 0.3), "what came later is not counted"
     assert row["clients' own"] == pytest.approx(0.45)
+    assert (row["slow clients' own"], row["slow clients' MiB"], row["fast clients' MiB"]) == (0.6, 1.0, 3.0)
     assert row["first exit"] == 0.3
     assert row["in half the time"] == 0.2
     assert row["time to target"] == pytest.approx(2.02)
@@ -179,7 +181,7 @@ def test_an_outcome_of_a_real_run_has_what_the_table_needs(tmp_path):
 
 @pytest.mark.slow
 def test_peak_memory_is_measured_for_each_phase_and_set_against_the_full_model(tmp_path):
-    memory = cos2p.measure_memory(is_quick=True)
+    memory = cos2p_memory.measure_memory(is_quick=True)
     phases = [(1.0, "weights"), (0.5, "weights"), (0.5, "masks + weights")]
     assert [(row["rate"], row["phase"]) for row in memory] == phases
     assert memory[0]["against full"] == 0
@@ -197,6 +199,6 @@ def test_the_quick_version_has_rows_claims_and_memory_and_repeats_nothing(tmp_pa
     assert [row["method"] for row in table["rows"]] == list(cos2p.QUICK)
     assert len(table["claims"]) == 5
     capsys.readouterr()
-    monkeypatch.delattr(cos2p, "measure_memory")  # it is kept too
+    monkeypatch.delattr(cos2p_memory, "measure_memory")  # it is kept too
     assert cos2p.main(options)["results"] == record["results"]
     assert "min left" not in capsys.readouterr().out
