@@ -176,9 +176,25 @@ def _warnings(log: RunLog) -> list[str]:
     for reason, partitions in reasons.items():
         who = ", ".join(str(key) for key in sorted(set(partitions))[:8])
         found.append(f"{len(partitions)} × {clean(reason, 300)} (client {who})")
+    found += _always_late(log)
     if len(found) > MAX_WARNINGS:
         found = [*found[:MAX_WARNINGS], f"… and {len(found) - MAX_WARNINGS} more in the event log."]
     return found
+
+
+def _always_late(log: RunLog) -> list[str]:
+    """Clients of whom nothing was merged because it came too late, every time of several."""
+    reasons: dict[int, list[str]] = {}
+    for row in log.arrivals:
+        if row.status == "late":
+            reasons.setdefault(row.partition_id, []).append(row.reason)
+    merged = {row.partition_id for row in log.arrivals if row.status == "merged"}
+    return [
+        f"Client {partition_id}: nothing of it is in the model, all its {len(its)} answers came too late "
+        f"({clean(its[-1], 100)}). Raise loop.max-staleness or loop.deadline-s, or give it less to do."
+        for partition_id, its in sorted(reasons.items())
+        if len(its) > 1 and partition_id not in merged
+    ]
 
 
 def _with_table(section: Section, log: RunLog, summary: dict[str, Any]) -> Section:

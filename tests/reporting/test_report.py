@@ -282,3 +282,15 @@ def test_a_block_that_a_client_does_not_hold_is_shown_as_nothing(make_run: MakeR
     assert picture is not None
     assert "keeps 50.0 %" in picture.svg
     assert "0: in blocks that the client does not hold." in picture.note
+
+
+def test_a_client_whose_answers_all_came_too_late_is_named_with_a_remedy(make_run: MakeRun) -> None:
+    def late(partition_id: int) -> dict[str, Any]:
+        return {**REPLY, "partition_id": partition_id, "status": "late", "reason": "9 versions old, 2 allowed"}
+
+    replies = [{**REPLY, "partition_id": 0}, late(0), late(0), late(1), late(2), late(2)]
+    folder = make_run(rows=[{"event": "run", "strategy": "cos2p"}, *replies])
+    found = [text for text in re.findall(r"<li>(.*?)</li>", write_report(folder).read_text()) if "too late" in text]
+    assert len(found) == 1, "not who was late once, or is in the model as well"
+    assert found[0].startswith("Client 2: nothing of it is in the model, all its 2 answers came too late (9 versions")
+    assert "Raise loop.max-staleness" in found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -397,6 +398,18 @@ def test_clients_that_die_below_the_quorum_end_the_run_clearly_and_the_checkpoin
     assert (tmp_path / "run" / "checkpoints" / "round-000002.pt").exists()
     rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert select(rows, "end")[0]["status"] == "failed"
+
+
+def test_a_quorum_that_silent_devices_never_fill_gives_way_to_the_deadline(tmp_path):
+    silent = {"cos2p.quorum-ratio": 1.0, "fleet.drop-out-ratio": 0.5, "loop.deadline-s": 2.0}
+    rows = tiny_run(tmp_path / "run", num_rounds=4, num_clients=4, **{**MLP, **SEMI, **silent})
+    merges = select(rows, "merge")
+    assert len(merges) == 4
+    assert min(row["num_merged"] for row in merges) < 4
+    began = [0.0, *(row["time_s"] for row in merges)]
+    took = [later - earlier for earlier, later in itertools.pairwise(began)]
+    assert all(time_s == pytest.approx(2.0) for time_s, row in zip(took, merges, strict=True) if row["num_merged"] < 4)
+    assert max(took) <= 2.0 + 1e-9
 
 
 def test_whoever_comes_back_after_max_staleness_is_turned_away_and_gets_the_new_model(tmp_path):
