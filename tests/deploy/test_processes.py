@@ -8,11 +8,13 @@ import shutil
 import signal
 import sqlite3
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.hosts import Federation, rows_of, wait_until
 from bench.message import cpu_s
@@ -31,7 +33,10 @@ ADAPTCL = ("strategy=adaptcl", "adaptcl.pruning-interval=1", "adaptcl.rates.min-
 
 
 OVER_TLS: dict[str, tuple[str, ...]] = {
-    "cos2p": ("model.name=resnet8", "data.max-train=120", "cos2p.quorum-ratio=1"),
+    "cos2p": (
+        *("model.name=resnet8", "data.max-train=120", "cos2p.quorum-ratio=1"),
+        *("cos2p.budgets=1,0.5", "cos2p.mask-epochs=2"),
+    ),
     "adasplit": ("adasplit.segments=1",),
 }
 """What the methods of an exchange of their own need beyond ``SMALL``; FedAvg and AdaptCL have tests of their own.
@@ -312,9 +317,20 @@ def test_fedavg_runs_and_the_engines_time_is_no_part_of_the_update_times(secure,
 def test_a_method_of_its_own_exchange_runs_there(strategy, secure, tmp_path):
     run_dir = tmp_path / "run"
     tokens = (f"strategy={strategy}", "num-rounds=2", *SMALL, *OVER_TLS.get(strategy, ADAPTCL))
+    before = set(secure.folder.rglob("memory/**/*.pt"))
     rows = finish(secure.submit(run_dir, *tokens), run_dir)
     assert len(select(rows, "merge")) == 2
     assert {row["partition_id"] for row in select(rows, "arrival", status="merged")} == {0, 1}
+    if strategy == "cos2p":
+        remembered = sorted(set(secure.folder.rglob("memory/**/*.pt")) - before, key=lambda path: path.name)
+        first, second = mask_steps(remembered)
+        assert second == 2 * first > 0, "the second mask phase goes on from the first"
+
+
+def mask_steps(memories: Sequence[Path]) -> list[float]:
+    """Steps that the mask scores' optimiser had made, in each of a client's memories that have one."""
+    found = (torch.load(path, weights_only=True).get("objective", {}) for path in memories)
+    return [float(memory["optimizer"]["step"]) for memory in found if "optimizer" in memory]
 
 
 def test_a_node_whose_key_is_not_registered_is_refused(secure):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from server_app.config import defaults
 from server_app.launch import Launch, LaunchError, close_event_log, guard, has_end, main, plan, run
-from tests.runs import tiny_run
+from tests.runs import equal_states, final_state, tiny_run
 
 PYPROJECT = """
 [project]
@@ -470,6 +471,27 @@ def test_the_script_runs_from_any_folder_says_where_the_report_is_and_passes_the
     again = script("strategy=fedavg", *SMALL)
     assert again.returncode != 0
     assert "already holds a run" in again.stdout + again.stderr
+
+
+@pytest.mark.slow
+@needs_proc
+def test_masks_learned_over_two_rounds_are_the_same_in_flowers_simulation_and_without_it(tmp_path: Path) -> None:
+    keys = [*SMALL[2:], "num-rounds=2", "strategy=cos2p", "cos2p.budgets=1,0.5", "cos2p.quorum-ratio=1"]
+    kept = {}
+    for transport in ("grid", "local"):
+        run_dir = tmp_path / transport
+        command = [sys.executable, "-m", "server_app.launch", *keys, f"transport={transport}", f"run-dir={run_dir}"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        paths = sorted(run_dir.rglob("clients/**/*.pt"), key=lambda path: path.name)
+        memories = [torch.load(path, weights_only=True)["objective"] for path in paths]
+        learned = [memory for memory in memories if "scores" in memory]
+        first, second = (float(memory["optimizer"]["step"]) for memory in learned)
+        assert second == 2 * first > 0, "the second mask phase goes on from the first"
+        kept[transport] = (final_state(run_dir), [memory["scores"] for memory in learned])
+    assert equal_states(kept["grid"][0], kept["local"][0])
+    for grid, local in zip(kept["grid"][1], kept["local"][1], strict=True):
+        assert equal_states(grid, local)
 
 
 @pytest.mark.slow
