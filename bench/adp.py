@@ -193,7 +193,8 @@ def job_of(task: Task, base: str, partition: str, seed: int, name: str, options:
     }
     what = name if name == PLAIN else f"{name.replace(' ', '-')}-{options.share}"
     budget = f"rounds{options.rounds}_images{options.images}_width{options.width:g}"
-    return Job(f"{task.name}_{budget}_{base}_{partition}_seed{seed}_{what}", keys, options.store, outcome)
+    where = partition.replace(":", "")  # no colons in names of files
+    return Job(f"{task.name}_{budget}_{base}_{where}_seed{seed}_{what}", keys, options.store, outcome)
 
 
 def outcome(log: Path) -> dict[str, Any]:
