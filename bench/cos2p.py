@@ -111,6 +111,8 @@ METHODS: dict[str, Keys] = {
     "fiarse": {"strategy": "fiarse"},
 }
 RIVALS = ("fedavg", "only-capable", "smallest-everywhere", "heterofl", "fjord", "fedrolex", "depthfl", "fiarse")
+PARTS = {"cos2p random masks": "masks agreed on above random ones", "cos2p no distillation": "distillation above none"}
+"""Co-S2P without one of its parts -> what the part is for."""
 QUICK = ("cos2p", "cos2p synchronous", "fedavg")
 
 
@@ -268,7 +270,7 @@ def figures(run: Mapping[str, Any], budget_s: float, target: float | None) -> di
         "best of family": point["best"],
         "in half the time": best_at(run, budget_s / 2),
         "clients' own": mean_of(clients, slow + fast),
-        "slow clients' own": mean_of(clients, slow),
+        "slow clients' own": slow_own(run, budget_s),
         "first exit": point["family"].get("exit 1", float("nan")),
         "time to target": float("nan") if target is None else first_reaching(run["curve"], target),
         "utilisation": run["utilisation"],
@@ -324,7 +326,17 @@ def claims(runs: Runs, budget_s: float, memory: Sequence[Mapping[str, Any]]) -> 
         saved = statistics.fmean(saved_time(a, b, budget_s) for a, b in pairs)
         how = f"{-100 * saved:+.0f} % of synchronous, to {NEAR:g} of the lower accuracy of the two"
         found.append({"claim": "time about -24 %", "found": how})
+    for name, what in PARTS.items():
+        if pairs := paired(runs, "cos2p", name):
+            points = mean_and_spread([100 * (slow_own(a, budget_s) - slow_own(b, budget_s)) for a, b in pairs], 1)
+            if points:
+                found.append({"claim": f"slow clients' own: {what}", "found": f"{points} points"})
     return found
+
+
+def slow_own(run: Mapping[str, Any], time_s: float) -> float:
+    """Accuracy of the slow clients' own sub-models, each on its client's test, at a virtual time."""
+    return mean_of(at_time(run, time_s)["clients"], halves()[0])
 
 
 def paired(runs: Runs, ours: str, theirs: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:

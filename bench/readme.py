@@ -49,7 +49,9 @@ ADAPTCL_RECORDS = (
     "adaptcl_async",
     "adaptcl_vit",
 )
+ADP_RECORDS = ("adp", "adp_controls", "adp_scaffold", "adp_dirichlet01", "adp_grid")
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
+COS2P_RECORDS = ("cos2p", "cos2p_weights", "cos2p_cifar10", "cos2p_cifar100", "cos2p_resnet20")
 COS2P_COLUMNS = (
     "method",
     "seeds",
@@ -58,6 +60,7 @@ COS2P_COLUMNS = (
     "best of family",
     "in half the time",
     "clients' own",
+    "slow clients' own",
     "utilisation",
     "upload MB",
 )
@@ -92,9 +95,9 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     parts = {
         "adaptcl": columns_part(ADAPTCL_RECORDS, ADAPTCL_COLUMNS),
-        "cos2p": columns_part(("cos2p", "cos2p_cifar10"), COS2P_COLUMNS),
+        "cos2p": columns_part(COS2P_RECORDS, COS2P_COLUMNS),
         "adasplit": columns_part(("adasplit", "adasplit_noniid", "adasplit_iid"), ADASPLIT_COLUMNS),
-        "adp": columns_part(("adp", "adp_scaffold", "adp_dirichlet01", "adp_iid"), ADP_COLUMNS),
+        "adp": columns_part(ADP_RECORDS, ADP_COLUMNS),
         "baselines": columns_part(("baselines",), BASELINES_COLUMNS),
         "bounds": markdown(bounds()),
         "codesize": codesize_part(),

@@ -85,6 +85,15 @@ def test_the_abstracts_four_claims_stand_beside_what_was_found():
     assert time == "-25 % of synchronous, to 0.97 of the lower accuracy of the two", "1 s of 1 and .5 s of 1"
 
 
+def test_what_its_parts_do_for_slow_clients_is_a_mean_of_differences_seed_by_seed():
+    runs = {
+        "cos2p": {0: run_of([0.1, 0.5]), 1: run_of([0.1, 0.8])},
+        "cos2p no distillation": {0: run_of([0.1, 0.4]), 1: run_of([0.1, 0.6])},
+    }
+    (found,) = [row["found"] for row in claims(runs, 1.0, MEMORY) if row["claim"].endswith("distillation above none")]
+    assert found == "15.0 ± 7.1 points"
+
+
 def test_runs_are_compared_seed_by_seed_where_an_outcome_is_missing():
     runs = {
         "cos2p": {0: run_of([0.1, 0.2], 1.0, 0.2), 1: run_of([0.1, 0.8], 0.5, 0.8)},
