@@ -21,8 +21,8 @@ Bytes to a target are counted in three ways. *Authors'*: rounds to the target, t
 every client and direction. *Salient*: the uploads that were really sent. *Wire*: all tensors, both ways. A target
 counts as reached at its first hit, or where the mean of five rounds is there. Targets are 60, 70, 75 and 80 %, those of
 them that the run with nothing pruned gets to with every seed, and shares of what the unpruned run of the same seed had
-at best. Seconds are compared round by round, and the median is shown: a run takes many minutes, in which a machine has
-other work too.
+at best. Accuracy is the better of BatchNorm's statistics as merged and re-estimated, for every variant alike. Seconds
+are compared round by round, and the median is shown: a run takes many minutes, in which a machine has other work too.
 """
 
 from __future__ import annotations
