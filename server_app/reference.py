@@ -26,11 +26,11 @@ NAMED = re.compile(r"(\w+(?:, \w+)*) : (.*)")
 
 def page() -> str:
     """The whole reference as Markdown, a table for each group of keys."""
-    parts = [HEAD, section("Run", table(RunConfig(), ""))]
-    nested = [(field.name, getattr(RunConfig(), field.name)) for field in fields(RunConfig)]
-    for name, value in nested:
+    run = RunConfig()
+    parts = [HEAD, section("Run", table(run, ""))]
+    for name, value in ((kebab(field.name), getattr(run, field.name)) for field in fields(run)):
         if is_dataclass(value):
-            parts.append(section(f"`{kebab(name)}.*`", table(value, f"{kebab(name)}."), first_line(type(value))))
+            parts.append(section(f"`{name}.*`", table(value, f"{name}."), first_line(type(value))))
     for name, strategy in STRATEGIES.items():
         if rows := table(strategy.Config(), f"{name}."):
             parts.append(section(f"`strategy={name}`", rows, first_line(strategy)))
@@ -39,17 +39,8 @@ def page() -> str:
 
 def section(title: str, rows: list[str], about: str = "") -> str:
     """A heading, a sentence and a table."""
-    return "\n".join(
-        [
-            f"## {title}",
-            *(["", about] if about else []),
-            "",
-            "| key | default | what it means |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    head = [f"## {title}", ""] + ([about, ""] if about else [])
+    return "\n".join([*head, "| key | default | what it means |", "|---|---|---|", *rows, ""])
 
 
 def table(value: Any, prefix: str) -> list[str]:
