@@ -236,7 +236,7 @@ def test_the_kept_tables_are_what_their_command_makes_of_the_kept_outcomes(name,
     assert again["results"] == record["results"]
 
 
-def test_only_what_the_store_lacks_is_run_and_nothing_with_kept_and_quick_runs_have_a_store_of_their_own(tmp_path):
+def test_only_what_the_store_lacks_is_run_nothing_with_kept_and_quick_runs_have_a_store_of_their_own(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     add_store(parser, "adp")
@@ -251,3 +251,6 @@ def test_only_what_the_store_lacks_is_run_and_nothing_with_kept_and_quick_runs_h
     assert complete(jobs, parser.parse_args(mine)) == {}
     assert load(jobs[0].path) == {"round": -1}
     assert load(jobs[1].path)["round"] == 2
+    bad = Job("bad", {**TINY, "num-clients": 150}, tmp_path, last_merge)
+    assert list(complete([bad], parser.parse_args(mine))) == ["bad"]
+    assert "left out: bad: " in capsys.readouterr().out
