@@ -2,6 +2,7 @@
 
     python -m bench.gates                     # ResNet-32, one four times wider, VGG-16; about twelve minutes
     python -m bench.gates --nets resnet32 --density 0.3
+    python -m bench.gates --vectors avx2      # on a machine with wider ones: what one without them would find
     python -m bench.gates --quick
 
 All variants of a comparison take turns in one process, so that a busy machine disturbs them alike, and the fastest half
@@ -10,13 +11,15 @@ same format (channels last, the format that compact convolutions want, and in wh
 ``over_plain`` against it in PyTorch's default format. Inference: normalisations are folded into convolutions on both
 sides. *Planned*: layers in which gating was measured not to pay are left dense. Seconds alone are compared: a plan has
 to be in force while the net is trained, for without a layer's gate it is another function. A batch of one is trained
-with winners per sample.
+with winners per sample. How wide the machine's vectors are matters: half of sixteen channels fill one of 256 bits, but
+only half of one of 512.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,7 +63,9 @@ def main() -> dict[str, Any]:
     parser.add_argument("--turns", type=int, default=7, help="of each comparison, at least (default 7)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each comparison, at least (default 8)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="(default 1 64)")
+    parser.add_argument("--vectors", choices=("avx2",), help="the widest to compute with (default: the machine's)")
     arguments = parser.parse_args()
+    vectors = limit_vectors(arguments.vectors)
     known = QUICK if arguments.quick else NETS
     if arguments.quick:
         arguments.turns, arguments.seconds, arguments.batches = 2, 0.0, [1, 8]
@@ -73,8 +78,26 @@ def main() -> dict[str, Any]:
             print_table(f"{name}, {what}, batch {batch}, density {arguments.density:g}", found)
             rows += found
     targets = judge(rows)
-    print_table("targets", targets)
-    return finish("gates", arguments, {"rows": rows, "targets": targets, "density": arguments.density})
+    print_table(f"targets ({vectors})", targets)
+    found_with = {"density": arguments.density, "vectors": vectors}
+    return finish("gates", arguments, {"rows": rows, "targets": targets, **found_with})
+
+
+def limit_vectors(wanted: str | None) -> str:
+    """Compute with no wider vectors than ``wanted``; returns which PyTorch uses. Before the first product.
+
+    Raises
+    ------
+    SystemExit
+        If the machine has not got them.
+    """
+    if wanted is not None:
+        os.environ["ATEN_CPU_CAPABILITY"] = wanted
+        os.environ["ONEDNN_MAX_CPU_ISA"] = wanted.upper()
+    found = torch.backends.cpu.get_cpu_capability()
+    if wanted not in (None, found.lower()):
+        raise SystemExit(f"bench.gates: --vectors {wanted}: PyTorch computes with {found} here; leave the option out")
+    return found
 
 
 def compare(

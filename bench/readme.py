@@ -179,10 +179,11 @@ def bounds() -> list[dict[str, Any]]:
 def of_methods() -> list[dict[str, Any]]:
     """The same of benchmarks that measure one method."""
     rows: list[dict[str, Any]] = []
-    if gates := load("gates"):
+    for gates in filter(None, (load("gates"), load("gates_avx2"))):
+        with_vectors = f", {gates['results']['vectors']} vectors"
         for row in gates["results"]["targets"]:
             where, _, bound = row["target"].partition(": ")
-            what = f"ADP's gates against the dense net, density .5: {where}"
+            what = f"ADP's gates against the dense net, density .5{with_vectors}: {where}"
             rows.append({"what": what, "found": f"{row['found']:.2f}x" + (f" (aim: {bound})" if bound else "")})
     if split := load("split_server"):
         for row in split["results"]["rows"][1:]:
