@@ -50,6 +50,16 @@ def shapes_of(state: State) -> Shapes:
 
 
 @lru_cache(maxsize=128)
+def is_statistic(key: str) -> bool:
+    """Whether an entry is a running statistic of BatchNorm, which no gradient moves."""
+    return key.endswith((".running_mean", ".running_var"))
+
+
+def is_variance(key: str) -> bool:
+    """Whether an entry is a running variance of BatchNorm, which has to stay positive."""
+    return key.endswith(".running_var")
+
+
 def selection(layout: Layout, spec: SubModelSpec, shapes: Shapes) -> Selection:
     """Return where ``spec`` lies in a state dict of ``shapes``.
 

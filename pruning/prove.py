@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.extract import embed, extract, resize
+from pruning.extract import embed, extract, is_variance, resize
 from pruning.groups import Group, Layout, LayoutError
 from pruning.spec import SubModelSpec
 
@@ -121,7 +121,7 @@ def _randomize(model: nn.Module, seed: int) -> None:
             noise = torch.rand(tensor.shape, generator=generator)
             if tensor.dim() > 1:
                 tensor.copy_((2 * noise - 1) * (3.0 / max(1, tensor[0].numel())) ** 0.5)
-            elif key.endswith("running_var"):
+            elif is_variance(key):
                 tensor.copy_(0.5 + noise)
             else:
                 tensor.copy_(noise - 0.3)

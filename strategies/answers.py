@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pruning.compress import INDEX, densify
 from pruning.cost import CostModel
+from pruning.extract import is_variance
 from pruning.groups import Layout
 from pruning.merge import AggregateResult
 from pruning.spec import SubModelSpec
@@ -128,6 +129,10 @@ def check_report(
         if tensor.dtype != expected:
             raise ReportError(f"report: entry {key!r} should be {expected}, got {tensor.dtype}")
         _check_entries(f"entry {key!r}", tensor)
+        if is_variance(key) and not report.is_delta and bool((tensor < 0).any()):
+            raise ReportError(
+                f"report: entry {key!r} holds a variance of {float(tensor.min()):g}, expected none below 0"
+            )
     if report.state and (report.is_delta, report.is_sparse) != (wants_delta, wants_sparse):
         asked, got = _kind(wants_delta, wants_sparse), _kind(report.is_delta, report.is_sparse)
         raise ReportError(f"report: should hold {asked}, as it was asked for, got {got}")
@@ -179,16 +184,18 @@ def _kind(is_delta: bool, is_sparse: bool) -> str:
     return ("the largest entries of " if is_sparse else "") + ("steps" if is_delta else "values")
 
 
-def rebase(report: Report, now: State, scale: float = 1.0) -> Report:
+def rebase(report: Report, now: State, scale: float = 1.0, staleness: int = 0) -> Report:
     """Return a checked report as values to be merged now: ``now + scale * step``.
 
     A stale answer is a step from where it started; taken from here, newer weights are not replaced. Of an answer that
-    holds values, ``values - now`` is the step.
+    holds values, ``values - now`` is the step. A stale step at most halves a variance: several clients that have all
+    found it fallen would take it below zero.
 
     Parameters
     ----------
     now : the client's part of the global model, as it is now.
-    scale : the share of the step that counts, >= 0.
+    scale : the share of the step that counts, in [0, 1].
+    staleness : how many versions ago the answer started.
     """
     if not report.is_delta and scale == 1:
         return report
@@ -199,7 +206,10 @@ def rebase(report: Report, now: State, scale: float = 1.0) -> Report:
             values[key] = tensor  # what does not fit is turned away by the merge
         else:
             step = tensor if report.is_delta else tensor - before
-            values[key] = before + (step if scale == 1 else scale * step)
+            step = step if scale == 1 else scale * step
+            values[key] = before + step
+            if is_variance(key):
+                values[key] = torch.maximum(values[key], before / 2 if staleness else torch.zeros_like(before))
     return replace(report, state=values, is_delta=False)
 
 

@@ -314,7 +314,7 @@ class SubModelStrategy(Hooks, Strategy):
                 mean_square = mean_square or first_mean_square(self.progress.state)
                 sent, place = self.sent_state(entry, held), (self.layout, held)
                 report, mean_square = compensate_report(report, now, sent, mean_square, place, self.loop)
-            report = rebase(report, now, step_scale)
+            report = rebase(report, now, step_scale, staleness)
             weight_before = mean.total_weight
             self.add(mean, entry, report, staleness)
         except RunStoppedError:

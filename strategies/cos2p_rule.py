@@ -18,9 +18,9 @@ from pruning.capability import (
     solve_rate,
     widths_at,
 )
+from pruning.extract import is_statistic
 from pruning.groups import Group, Layout
 from pruning.spec import FULL, SubModelSpec
-from strategies.delay import is_statistic
 from strategies.levels import level_of
 from strategies.setting import Setting
 from wire.flat import ConfigError, refuse

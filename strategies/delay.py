@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pruning.extract import State, embed, extract
+from pruning.extract import State, embed, extract, is_statistic
 from pruning.groups import Layout
 from pruning.spec import SubModelSpec
 from strategies.loop import LoopConfig
@@ -78,8 +78,3 @@ def compensate_report(
 def first_mean_square(state: State) -> dict[str, Tensor]:
     """The mean square before the first step: zero for every entry that a gradient moves."""
     return {k: torch.zeros_like(t) for k, t in state.items() if t.is_floating_point() and not is_statistic(k)}
-
-
-def is_statistic(key: str) -> bool:
-    """Whether an entry is a running statistic of BatchNorm."""
-    return key.endswith((".running_mean", ".running_var"))
