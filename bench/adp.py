@@ -15,7 +15,8 @@ made of what there is.
 against the unpruned run of *the same architecture*: ``d=1`` for what has gates (and for ``plain``, whose row says what
 gates cost), ``plain`` for what has none. ``--controls`` adds, at density .5: ``client`` (gates, a sub-model per
 client), ``all uploads`` (not the most salient filters alone) and, without gates, ``static`` (the same units for
-everybody and every input) and ``magnitude`` (what one published snapshot does).
+everybody and every input) and ``magnitude`` (what one published snapshot does). ``--upload-density U`` adds ``d=D u=U``
+for every density D: fewer filters are sent than are computed.
 
 Bytes to a target are counted in three ways. *Authors'*: rounds to the target, times the bytes of a whole model for
 every client and direction. *Salient*: the uploads that were really sent. *Wire*: all tensors, both ways. A target
@@ -30,6 +31,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", action="append", choices=("fedavg", "fedprox", "scaffold", "fednova"))
     parser.add_argument("--partition", action="append")
     parser.add_argument("--density", action="append", type=float)
+    parser.add_argument("--upload-density", action="append", type=float, default=[], help="also send so few filters")
     parser.add_argument("--controls", action="store_true", help="also client, all uploads, static and magnitude")
     parser.add_argument("--share", default="group", help="who shares winners (default group)")
     parser.add_argument("--width", type=float, default=1.0, help="of the model, e.g. 4 (default 1)")
@@ -173,6 +176,8 @@ def variants(options: argparse.Namespace) -> dict[str, Keys]:
     densities = sorted({1.0, *options.density}, reverse=True)
     found: dict[str, Keys] = {PLAIN: {}}
     found |= {f"d={density:g}": {"adp.density": density, "adp.share": options.share} for density in densities}
+    for density, sent in product(densities[1:], options.upload_density):
+        found[f"d={density:g} u={sent:g}"] = {**found[f"d={density:g}"], "adp.upload-density": sent}
     return found | (CONTROLS if options.controls else {})
 
 
@@ -346,7 +351,7 @@ def judge(tables: Sequence[Mapping[str, Any]], share_of: Callable[[float], float
             name = row["variant"]
             if name in (PLAIN, UNPRUNED):
                 continue
-            density = float(name.removeprefix("d=")) if name.startswith("d=") else ADPConfig().density
+            density = float(name.split()[0].removeprefix("d=")) if name.startswith("d=") else ADPConfig().density
             ways = {way: row[f"{way} bytes to it, first hit"] for way in ("authors'", "salient", "wire")}
             found.append(
                 {

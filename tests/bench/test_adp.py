@@ -137,3 +137,14 @@ def test_the_quick_version_has_a_row_for_every_variant_and_repeats_nothing(tmp_p
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
     assert adp.main(command)["results"] == record["results"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")} == kept
+
+
+def test_fewer_filters_may_be_sent_than_are_computed_at_every_density_but_1():
+    options = read_options(["--density", ".9", "--density", ".5", "--upload-density", ".25"])
+    found = variants(options)
+    assert list(found) == ["plain", "d=1", "d=0.9", "d=0.5", "d=0.9 u=0.25", "d=0.5 u=0.25"]
+    assert found["d=0.9 u=0.25"] == {"adp.density": 0.9, "adp.share": "group", "adp.upload-density": 0.25}
+    row = {"variant": "d=0.9 u=0.25", "last upload": "", "lost points": ""}
+    row |= {f"{way} bytes to it, first hit": "" for way in ("authors'", "salient", "wire")}
+    (claim,) = adp.judge([{"base": "fedavg", "partition": "iid", "rows": [row]}], lambda density: density)
+    assert claim["inference MACs"] == pytest.approx(-0.1), "what is computed counts, not what is sent"
