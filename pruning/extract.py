@@ -49,7 +49,6 @@ def shapes_of(state: State) -> Shapes:
     return tuple((key, tuple(tensor.shape)) for key, tensor in state.items())
 
 
-@lru_cache(maxsize=128)
 def is_statistic(key: str) -> bool:
     """Whether an entry is a running statistic of BatchNorm, which no gradient moves."""
     return key.endswith((".running_mean", ".running_var"))
@@ -60,6 +59,7 @@ def is_variance(key: str) -> bool:
     return key.endswith(".running_var")
 
 
+@lru_cache(maxsize=128)
 def selection(layout: Layout, spec: SubModelSpec, shapes: Shapes) -> Selection:
     """Return where ``spec`` lies in a state dict of ``shapes``.
 

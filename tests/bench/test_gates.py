@@ -32,14 +32,13 @@ def test_a_batch_of_one_is_trained_with_winners_of_its_own_and_its_plan_is_judge
     assert floor["by"] == f"{net}, training, batch 1, planned, sample"
 
 
-def test_vectors_that_the_machine_has_not_are_refused_and_wider_ones_are_left_unused(tmp_path):
+def test_vectors_that_the_machine_has_not_are_refused_and_wider_ones_are_left_unused():
     code = (
         "import torch; from bench.gates import limit_vectors; "
         "print(limit_vectors('avx2'), torch.backends.cpu.get_cpu_capability())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    has = "AVX" in torch.backends.cpu.get_cpu_capability()
-    if has:
+    if "AVX" in torch.backends.cpu.get_cpu_capability():
         assert done.stdout.split() == ["AVX2", "AVX2"]
     else:
         assert done.returncode == 1

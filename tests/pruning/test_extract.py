@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.extract import StateError, embed, extract, resize
+from pruning.extract import StateError, embed, extract, resize, selection, shapes_of
 from pruning.groups import Axis, Group, Layout, LayoutError
 from pruning.prove import proof_error, prove, random_spec
 from pruning.rows import gather
@@ -34,6 +34,13 @@ def test_repeat_and_offset_address_heads_of_a_fused_qkv():
     axes = tuple(Axis("qkv.weight", 0, repeat=2, offset=4 * part) for part in range(3))
     sub = extract(state, Layout((Group("heads", 2, axes),)), SubModelSpec.of({"heads": [1]}))
     assert sub["qkv.weight"][:, 0].tolist() == [2, 3, 6, 7, 10, 11]
+
+
+def test_where_a_spec_lies_is_worked_out_once_for_all_clients_that_hold_it(four_channels):
+    model, layout = four_channels
+    shapes = shapes_of(model.state_dict())
+    first, second = (selection(layout, SubModelSpec.of({"inner": [0, 2]}), shapes) for _ in range(2))
+    assert second is first
 
 
 @pytest.mark.parametrize(("name", "size", "options"), SMALL)
