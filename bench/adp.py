@@ -16,7 +16,8 @@ against the unpruned run of *the same architecture*: ``d=1`` for what has gates 
 gates cost), ``plain`` for what has none. ``--controls`` adds, at density .5: ``client`` (gates, a sub-model per
 client), ``all uploads`` (not the most salient filters alone) and, without gates, ``static`` (the same units for
 everybody and every input) and ``magnitude`` (what one published snapshot does). ``--upload-density U`` adds ``d=D u=U``
-for every density D: fewer filters are sent than are computed.
+for every density D: fewer filters are sent than are computed; and ``--upload changed`` ``d=D u=U changed``, in which
+what is not sent waits for its turn.
 
 Bytes to a target are counted in three ways. *Authors'*: rounds to the target, times the bytes of a whole model for
 every client and direction. *Salient*: the uploads that were really sent. *Wire*: all tensors, both ways. A target
@@ -149,6 +150,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--partition", action="append")
     parser.add_argument("--density", action="append", type=float)
     parser.add_argument("--upload-density", action="append", type=float, default=[], help="also send so few filters")
+    parser.add_argument("--upload", action="append", choices=("salient", "changed"), help="which (default salient)")
     parser.add_argument("--controls", action="store_true", help="also client, all uploads, static and magnitude")
     parser.add_argument("--share", default="group", help="who shares winners (default group)")
     parser.add_argument("--width", type=float, default=1.0, help="of the model, e.g. 4 (default 1)")
@@ -164,6 +166,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.base = options.base or (["fedavg"] if options.quick else list(BASES))
     options.partition = options.partition or (["dirichlet:0.5"] if options.quick else list(PARTITIONS))
     options.density = options.density or ([1.0, 0.5] if options.quick else list(DENSITIES))
+    options.upload = options.upload or [ADPConfig.upload]
     options.rounds = options.rounds or task.num_rounds
     options.images = task.num_images if options.images is None else options.images
     options.store = store_of(options, "adp")
@@ -176,8 +179,9 @@ def variants(options: argparse.Namespace) -> dict[str, Keys]:
     densities = sorted({1.0, *options.density}, reverse=True)
     found: dict[str, Keys] = {PLAIN: {}}
     found |= {f"d={density:g}": {"adp.density": density, "adp.share": options.share} for density in densities}
-    for density, sent in product(densities[1:], options.upload_density):
-        found[f"d={density:g} u={sent:g}"] = {**found[f"d={density:g}"], "adp.upload-density": sent}
+    for density, sent, which in product(densities[1:], options.upload_density, options.upload):
+        name = f"d={density:g} u={sent:g}" + (f" {which}" if which != ADPConfig.upload else "")
+        found[name] = {**found[f"d={density:g}"], "adp.upload-density": sent, "adp.upload": which}
     return found | (CONTROLS if options.controls else {})
 
 

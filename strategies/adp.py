@@ -1,7 +1,7 @@
 """ADP (Yu, Nguyen, Anwar, Jannesari 2021, arXiv 2106.06921): clients train the channels that their inputs make salient.
 
 A gate per layer, ``g = ReLU(mean|x| Wg^T + bg)``, lets the k most salient units win; only they are computed, only their
-gradients are kept, and only a client's most salient units are sent back (``pruning.gates``). Dense for a warm-up, then
+gradients are kept, and only a part of a client's units is sent back (``pruning.gates``). Dense for a warm-up, then
 linearly down to ``density``. It sits on FedAvg, FedProx, SCAFFOLD or FedNova. ``magnitude`` is what one published
 snapshot does, ``static`` the control: as many units, chosen once for everybody and every input.
 """
@@ -33,7 +33,7 @@ from pruning.gates import (
 )
 from pruning.groups import Group
 from pruning.importance import score_units
-from pruning.merge import AggregateResult, MaskedMean
+from pruning.merge import AggregateResult, MaskedMean, holders_mean, residual_mean
 from pruning.select import select_top
 from pruning.spec import FULL, SubModelSpec
 from strategies.base import SubModelStrategy
@@ -62,7 +62,8 @@ class ADPConfig:
     sparsity : factor of an L1 term on the gates.
     optimizer_mask : whether units that nobody in a batch selected stay where they are in the optimiser's step.
     compact : whether only winners are computed; if not, everything is, and masked: the reference.
-    upload : ``salient`` (the units most salient on a client's data) or ``all``.
+    upload : ``salient`` (the units most salient on a client's data), ``changed`` (those that changed most since it last
+        sent them: changes wait for their turn, and an entry moves by their sum over everybody) or ``all``.
     upload_density : share of a layer's units that is sent; 0 for ``density``.
     gates : ``global`` (averaged) or ``personal`` (they stay on the client).
     plan : gate ``all`` layers, or those in which gating pays on the clients' devices, ``measured`` once on each
@@ -98,7 +99,7 @@ class ADPConfig:
             require(getattr(self, name) >= 0, name.replace("_", "-"), getattr(self, name), ">= 0")
         require_choice("mode", self.mode, ("gate", "magnitude", "static"))
         require_choice("share", self.share, SHARES)
-        require_choice("upload", self.upload, ("salient", "all"))
+        require_choice("upload", self.upload, ("salient", "changed", "all"))
         require_choice("gates", self.gates, ("global", "personal"))
         require_choice("plan", self.plan, ("all", "measured"))
         require_choice("base", self.base, BASES)
@@ -176,7 +177,7 @@ class ADP(SubModelStrategy):
             (c.share != "group", ("num-groups",), f"share={c.share}", "share=group"),
             (c.share == "client", of_winners, "share=client", "share=group, batch or sample"),
             (c.upload == "all", ("upload-density",), "upload=all", "upload=salient"),
-            (c.density == 1, ("upload-density",), "density=1", "density below 1"),
+            (c.density == 1, of_uploads, "density=1", "density below 1"),
             (c.base != "fedprox", ("mu",), f"base={c.base}", "base=fedprox"),
         ):
             found = changed(c, names, self.name) if is_idle else []
@@ -230,7 +231,7 @@ class ADP(SubModelStrategy):
             self.listen({"event": "plan", "server_round": arrival.entry.server_round, **who, **row})
 
     def add(self, mean: MaskedMean, entry: Entry, report: Report, staleness: int) -> None:
-        """Average what was sent, unit by unit over those who sent it."""
+        """Average what was sent, unit by unit."""
         held = report.narrowed or entry.spec
         start = self.present(held)
         if self.config.mode == "gate":
@@ -247,7 +248,8 @@ class ADP(SubModelStrategy):
     def merge(self, mean: MaskedMean) -> AggregateResult:
         """As the base does it; and say what the gates did."""
         self._base.prepare(mean)
-        merged = self._base.close(super().merge(mean), self.progress.state)
+        rule = residual_mean if self.config.upload == "changed" else holders_mean
+        merged = self._base.close(mean.finalize(self.loop.mixing_rate, rule), self.progress.state)
         if self.config.gates == "personal":  # the mean of equal numbers may differ from them in its last bit
             kept = {key: tensor for key, tensor in self.progress.state.items() if key.startswith(PREFIX)}
             merged = replace(merged, state={**merged.state, **kept})
@@ -279,6 +281,7 @@ class ADP(SubModelStrategy):
             "compact": c.compact,
             "sparsity": c.sparsity,
             "optimizer-mask": c.optimizer_mask,
+            "upload": c.upload,
             "upload-density": 1.0 if sends_all else c.upload_density or self._density,
             "personal": c.gates == "personal",
             "measure": self._is_measured_now and partition_id not in self._times,

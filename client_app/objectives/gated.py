@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from client_app.objectives.base import Findings, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.losers import Losers
+from client_app.objectives.unsent import Unsent
 from pruning.extract import narrow, shapes_of
 from pruning.gates import (
     BITMAP,
@@ -24,10 +25,11 @@ from pruning.gates import (
     executed_ratios,
     gates_of,
     measure_plan,
-    salient_spec,
     to_bitmap,
+    upload_spec,
 )
 from pruning.ops import trace_ops
+from wire.message import State
 
 
 def gated(task: Task) -> Objective:
@@ -35,9 +37,10 @@ def gated(task: Task) -> Objective:
 
     The model's own entries say how many units of each layer win. Settings: ``share`` and ``num-groups`` (who shares
     winners), ``compact`` (false: whole and masked, the reference), ``sparsity`` (L1 on the gates), ``optimizer-mask``
-    (units that nobody in the batch selected do not move), ``upload-density`` (below 1: only the most salient units are
-    sent back, with a bitmap), ``personal`` (gates stay on the client), ``measure`` (time every layer whole and
-    compact at ``density``, and send the times).
+    (units that nobody in the batch selected do not move), ``upload-density`` (below 1: so many units go back, with a
+    bitmap), ``upload`` (which: the most ``salient``, or those that have ``changed`` most since they were last sent),
+    ``personal`` (gates stay on the client), ``measure`` (time every layer whole and compact at ``density``, and send
+    the times).
 
     Raises
     ------
@@ -57,6 +60,8 @@ def gated(task: Task) -> Objective:
         return replace(base, predict=lambda x: last_logits(task.model(packed(x))))
     evidence, work = Evidence(gates, len(task.label_counts)), _Work(task)
     losers = Losers(task, gates) if settings.get("optimizer-mask", True) else None
+    sends_changed = settings.get("upload", "salient") == "changed" and float(settings.get("upload-density", 1.0)) < 1
+    unsent = Unsent(task) if sends_changed else None
     sparsity = float(settings.get("sparsity", 0.0))
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,10 +74,12 @@ def gated(task: Task) -> Objective:
         return value, logits
 
     def finish(num_steps: int) -> Findings:
-        return _findings(task, gates, evidence, plan, work.train_macs)
+        return _findings(task, gates, evidence, plan, work.train_macs, unsent)
 
     if losers is not None:
         base = replace(base, step=losers.step, steps_of=losers.steps_of)
+    if unsent is not None:
+        base = replace(base, kept_bytes=base.kept_bytes + unsent.kept_bytes)
     return replace(base, loss=loss, finish=finish, varies=True)
 
 
@@ -127,8 +134,10 @@ def _measure(task: Task) -> tuple[LayerPlan, ...]:
     return measure_plan(twin, packed(images), training=True)
 
 
-def _findings(task: Task, gates: Gates, evidence: Evidence, plan: Sequence[LayerPlan], train_macs: float) -> Findings:
-    """What goes back: the salient part of the weights, and what was seen of the gates."""
+def _findings(
+    task: Task, gates: Gates, evidence: Evidence, plan: Sequence[LayerPlan], train_macs: float, unsent: Unsent | None
+) -> Findings:
+    """What goes back: a part of the weights, and what was seen of the gates."""
     settings, salience = task.settings, evidence.salience()
     companions = {SALIENCE: torch.cat(list(salience.values())) / max(1, evidence.num_samples)}
     companions |= evidence.as_tensors()
@@ -145,11 +154,18 @@ def _findings(task: Task, gates: Gates, evidence: Evidence, plan: Sequence[Layer
     narrowed = None
     density = float(settings.get("upload-density", 1.0))
     if density < 1:
-        active = {site.group: salience[site.group] for site, gate in gates.pairs() if gate.k}
-        narrowed = salient_spec(task.layout, task.spec, active, density)
+        cpu: State = {key: tensor.detach().cpu() for key, tensor in state.items()}
+        if unsent is None:
+            scores = {name: summed.cpu().double().numpy() for name, summed in salience.items()}
+        else:
+            cpu = unsent.add_to(cpu)
+            scores = unsent.scores()
+        active = {site.group: scores[site.group] for site, gate in gates.pairs() if gate.k}
+        narrowed = upload_spec(task.layout, task.spec, active, density)
         companions[BITMAP] = to_bitmap(task.layout, narrowed)
+        if unsent is not None:
+            memory["unsent"] = unsent.rest(narrowed)
         shapes = shapes_of(task.full.state_dict())
-        cpu = {key: tensor.detach().cpu() for key, tensor in state.items()}
         state = {key: t.contiguous() for key, t in narrow(cpu, task.layout, task.spec, narrowed, shapes).items()}
     metrics = {"gated_layers": float(sum(g.k > 0 for _, g in gates.pairs())), **evidence.summary()}
     return Findings(companions, memory, metrics, state, narrowed, train_macs)

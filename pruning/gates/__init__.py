@@ -16,7 +16,7 @@ from pruning.gates.net import (
 )
 from pruning.gates.plan import MARGIN, PLAN, LayerPlan, measure_plan
 from pruning.gates.sites import MIN_WINNERS, GateError, Site, find_sites, num_winners
-from pruning.gates.upload import BITMAP, check_bitmap, salient_spec, to_bitmap
+from pruning.gates.upload import BITMAP, check_bitmap, to_bitmap, upload_spec
 
 __all__ = [
     "ABSENT",
@@ -50,9 +50,9 @@ __all__ = [
     "key_of",
     "measure_plan",
     "num_winners",
-    "salient_spec",
     "select_winners",
     "template",
     "to_bitmap",
     "top",
+    "upload_spec",
 ]

@@ -1,8 +1,6 @@
-"""Salient uploads: a client sends the units that mattered most to it, and a bitmap that says which these are."""
+"""Uploads of units: a client sends those that score best, and a bitmap that says which these are."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,28 +9,28 @@ from torch import Tensor
 from pruning.gates.net import gated_groups, select_winners
 from pruning.gates.sites import GateError, num_winners
 from pruning.groups import Layout
+from pruning.importance import UnitScores
 from pruning.spec import SubModelSpec
 
 BITMAP = "gates.bitmap"
 """Name under which the bitmap travels."""
 
 
-def salient_spec(layout: Layout, spec: SubModelSpec, salience: Mapping[str, Tensor], density: float) -> SubModelSpec:
-    """The part of ``spec`` with the most salient units of every gated group; ties go to the lower unit.
+def upload_spec(layout: Layout, spec: SubModelSpec, scores: UnitScores, density: float) -> SubModelSpec:
+    """The part of ``spec`` with the best units of every gated group; ties go to the lower unit.
 
     Parameters
     ----------
     spec : what the client holds.
-    salience : group -> summed gates of all its units, [size]; a group that it lacks is sent whole.
+    scores : of all units of a group, whoever holds them; a group that it lacks is sent whole.
     density : share of a group's units that is sent, in (0, 1].
     """
     kept = {}
     for group in gated_groups(layout):
-        if group.name not in salience:
+        if group.name not in scores:
             continue
         held = spec.arrays.get(group.name, np.arange(group.size))
-        scores = np.asarray(salience[group.name], dtype=np.float64)[held]
-        best = np.argsort(-scores, kind="stable")[: num_winners(group.size, density)]
+        best = np.argsort(-scores[group.name][held], kind="stable")[: num_winners(group.size, density)]
         kept[group.name] = held[np.sort(best)]
     return select_winners(layout, kept, spec)
 

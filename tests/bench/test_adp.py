@@ -140,10 +140,13 @@ def test_the_quick_version_has_a_row_for_every_variant_and_repeats_nothing(tmp_p
 
 
 def test_fewer_filters_may_be_sent_than_are_computed_at_every_density_but_1():
-    options = read_options(["--density", ".9", "--density", ".5", "--upload-density", ".25"])
-    found = variants(options)
-    assert list(found) == ["plain", "d=1", "d=0.9", "d=0.5", "d=0.9 u=0.25", "d=0.5 u=0.25"]
-    assert found["d=0.9 u=0.25"] == {"adp.density": 0.9, "adp.share": "group", "adp.upload-density": 0.25}
+    command = ["--density", ".9", "--density", ".5", "--upload-density", ".25"]
+    assert list(variants(read_options(command))) == ["plain", "d=1", "d=0.9", "d=0.5", "d=0.9 u=0.25", "d=0.5 u=0.25"]
+    found = variants(read_options([*command, "--upload", "salient", "--upload", "changed"]))
+    assert list(found)[4:6] == ["d=0.9 u=0.25", "d=0.9 u=0.25 changed"]
+    fewer = {"adp.density": 0.9, "adp.share": "group", "adp.upload-density": 0.25}
+    assert found["d=0.9 u=0.25"] == {**fewer, "adp.upload": "salient"}
+    assert found["d=0.9 u=0.25 changed"] == {**fewer, "adp.upload": "changed"}
     row = {"variant": "d=0.9 u=0.25", "last upload": "", "lost points": ""}
     row |= {f"{way} bytes to it, first hit": "" for way in ("authors'", "salient", "wire")}
     (claim,) = adp.judge([{"base": "fedavg", "partition": "iid", "rows": [row]}], lambda density: density)
