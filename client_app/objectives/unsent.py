@@ -37,11 +37,14 @@ class Unsent:
         return state_bytes(self._start)
 
     def add_to(self, trained: State) -> State:
-        """``x + a``, shapes of the full model, on the CPU as ``trained`` is."""
+        """``x + a``, shapes of the full model, on the CPU as ``trained`` is; what it lacks (own gates) is never due."""
         nothing = torch.zeros(())
         start = {name: tensor.cpu() for name, tensor in self._start.items()}
-        self._due = {name: self._waiting.get(name, nothing) + trained[name] - x for name, x in start.items()}
-        return {**trained, **{name: start[name] + due for name, due in self._due.items()}}
+        self._due = {
+            name: self._waiting.get(name, nothing) + trained[name] - x if name in trained else torch.zeros_like(x)
+            for name, x in start.items()
+        }
+        return {name: start[name] + self._due[name] if name in start else y for name, y in trained.items()}
 
     def scores(self) -> UnitScores:
         """How much is due of every unit: the norm of its ``a``, after ``add_to``."""

@@ -224,16 +224,17 @@ def test_a_model_without_gates_is_refused():
         make_objective("gated", replace(task, model=get_model("cnn", 10, 1, 8)[0]))
 
 
+@pytest.mark.parametrize("upload", ["salient", "changed"])
 @pytest.mark.parametrize("compression", ["none", "dgc"])
 @pytest.mark.parametrize("wants_delta", [False, True])
-def test_a_whole_request_trains_and_answers(make_instruction, wants_delta, compression):
+def test_a_whole_request_trains_and_answers(make_instruction, wants_delta, compression, upload):
     """Through the handler: narrowed values, differences, compressed differences."""
     torch.manual_seed(0)
     model, _ = get_model("cnn", 10, 1, 8, gates=True)
     gates_of(model).set_density(0.5)
     instruction: Instruction = make_instruction(
         objective="gated",
-        settings={"share": "group", "upload-density": 0.5},
+        settings={"share": "group", "upload-density": 0.5, "upload": upload},
         job={"model": ModelConfig("cnn", gates=True), "compression": CompressionConfig(compression)},
         state=model.state_dict(),
         wants_delta=wants_delta or compression == "dgc",

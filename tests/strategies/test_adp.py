@@ -60,8 +60,12 @@ def test_the_model_itself_says_how_many_units_win_and_dense_rounds_send_everythi
 
 
 @pytest.mark.parametrize("lost", slow_but((None,), (None, 1)))
-def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_value(lost, tmp_path):
-    """Per channel, weight n_i, entry by entry in float64; a client whose upload is lost counts for nothing."""
+@pytest.mark.parametrize("upload", ["salient", "changed"])
+def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_value(upload, lost, tmp_path):
+    """Per channel, weight n_i, entry by entry in float64; a client whose upload is lost counts for nothing.
+
+    Where what is not sent waits, who did not send a unit counts as the server's value: its change comes later.
+    """
 
     def change(instruction: Instruction, report: Report) -> Report:
         if (instruction.server_round, instruction.partition_id) == (2, lost):
@@ -69,7 +73,7 @@ def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_valu
         return report
 
     spy = Spy(change)
-    tiny_run(tmp_path / "run", spy, **{**ADP, "num-rounds": 2, "adp.upload-density": 0.2})
+    tiny_run(tmp_path / "run", spy, **{**ADP, "num-rounds": 2, "adp.upload-density": 0.2, "adp.upload": upload})
     _, layout = get_model("mlp", 10, 1, 8, gates=True)
     before = dict(spy.of(2)[0][0].state)
     after = final_state(tmp_path / "run")
@@ -81,12 +85,15 @@ def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_valu
             total[key] += report.num_examples * held[key] * state[key].double()
             weight[key] += report.num_examples * held[key]
     assert len(spy.of(2)) == (4 if lost is None else 3)
+    everybody = sum(report.num_examples for _, report in spy.of(2))
     num_kept = 0
     for key, tensor in before.items():
         if not tensor.is_floating_point():
             assert torch.equal(after[key], tensor)
             continue
         expected = torch.where(weight[key] > 0, total[key] / weight[key].clamp(min=1e-9), tensor.double())
+        if upload == "changed":
+            expected = (total[key] + (everybody - weight[key]) * tensor.double()) / everybody
         assert torch.allclose(after[key].double(), expected, atol=1e-6), key
         assert torch.equal(after[key][weight[key] == 0], tensor[weight[key] == 0])
         num_kept += int((weight[key] == 0).sum())
@@ -249,13 +256,14 @@ RESUMED: dict[str, dict[str, Any]] = {
     "salience": {"adp.share": "client"},
     "variates": {"adp.base": "scaffold"},
     "static units": {"model.gates": False, "adp.mode": "static"},
+    "what waits to be sent": {"adp.upload": "changed", "adp.upload-density": 0.2},
     "nothing but the schedule": {},
 }
 """What a run has to remember -> settings under which it does."""
 
 
 @pytest.mark.parametrize("number", slow_but((3,), (1, 3)))
-@pytest.mark.parametrize("what", slow_but(("static units",), RESUMED))
+@pytest.mark.parametrize("what", slow_but(("static units", "what waits to be sent"), RESUMED))
 def test_a_run_that_is_resumed_in_its_warm_up_or_on_its_way_down_is_the_same_run(what, number, tmp_path):
     """Dense in rounds 1 and 2, at density .75 in round 3, at .5 from round 4 on."""
     keys = {**ADP, **RESUMED[what], "adp.warmup-rounds": 2, "adp.ramp-rounds": 2, "num-rounds": 5}
@@ -338,6 +346,8 @@ IDLE: dict[str, dict[str, Any]] = {
         "adp.upload-density": 0.25,
         "adp.density": 1.0,
     },
+    r"adp.upload=changed with adp.density=1.*use adp.density below 1": {"adp.upload": "changed", "adp.density": 1.0},
+    r"adp.upload=changed with adp.share=client": {"adp.upload": "changed", "adp.share": "client"},
     r"adp.mu=0.1 with adp.base=fednova.*use adp.base=fedprox": {"adp.mu": 0.1, "adp.base": "fednova"},
 }
 
@@ -387,7 +397,14 @@ def test_values_outside_their_range_are_refused(key, value):
         ADPConfig(**{key: value})
 
 
-def test_personal_gates_go_with_compressed_uploads_of_parts_that_change(tmp_path):
-    keys = {"adp.gates": "personal", "compression.kind": "dgc", "evaluation.where": "federated", "num-clients": 2}
+@pytest.mark.parametrize("upload", ["salient", "changed"])
+def test_personal_gates_go_with_compressed_uploads_of_parts_that_change(upload, tmp_path):
+    keys = {
+        "adp.upload": upload,
+        "adp.gates": "personal",
+        "compression.kind": "dgc",
+        "evaluation.where": "federated",
+        "num-clients": 2,
+    }
     rows = tiny_run(tmp_path / "run", **{**ADP, **keys, "num-rounds": 4, "adp.upload-density": 0.2})
     assert [(row["status"], row["reason"]) for row in select(rows, "arrival")] == [("merged", "")] * 8
