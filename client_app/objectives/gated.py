@@ -155,16 +155,15 @@ def _findings(
     density = float(settings.get("upload-density", 1.0))
     if density < 1:
         cpu: State = {key: tensor.detach().cpu() for key, tensor in state.items()}
+        active = [site.group for site, gate in gates.pairs() if gate.k]
         if unsent is None:
-            scores = {name: summed.cpu().double().numpy() for name, summed in salience.items()}
+            scores = {name: salience[name].cpu().double().numpy() for name in active}
+            narrowed = upload_spec(task.layout, task.spec, scores, density)
         else:
-            cpu = unsent.add_to(cpu)
-            scores = unsent.scores()
-        active = {site.group: scores[site.group] for site, gate in gates.pairs() if gate.k}
-        narrowed = upload_spec(task.layout, task.spec, active, density)
-        companions[BITMAP] = to_bitmap(task.layout, narrowed)
-        if unsent is not None:
+            cpu, due = unsent.add_to(cpu), unsent.scores()
+            narrowed = upload_spec(task.layout, task.spec, {name: due[name] for name in active}, density)
             memory["unsent"] = unsent.rest(narrowed)
+        companions[BITMAP] = to_bitmap(task.layout, narrowed)
         shapes = shapes_of(task.full.state_dict())
         state = {key: t.contiguous() for key, t in narrow(cpu, task.layout, task.spec, narrowed, shapes).items()}
     metrics = {"gated_layers": float(sum(g.k > 0 for _, g in gates.pairs())), **evidence.summary()}
