@@ -49,7 +49,7 @@ ADAPTCL_RECORDS = (
     "adaptcl_async",
     "adaptcl_vit",
 )
-ADP_RECORDS = ("adp", "adp_uploads", "adp_controls", "adp_fedavg", "adp_scaffold")
+ADP_RECORDS = ("adp", "adp_uploads", "adp_controls")
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
 COS2P_RECORDS = ("cos2p", "cos2p_weights", "cos2p_cifar10", "cos2p_cifar100", "cos2p_resnet20")
 COS2P_COLUMNS = (
