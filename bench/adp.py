@@ -166,6 +166,8 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.base = options.base or (["fedavg"] if options.quick else list(BASES))
     options.partition = options.partition or (["dirichlet:0.5"] if options.quick else list(PARTITIONS))
     options.density = options.density or ([1.0, 0.5] if options.quick else list(DENSITIES))
+    if options.upload and not options.upload_density:
+        parser.error("--upload says which filters --upload-density sends; give that too")
     options.upload = options.upload or [ADPConfig.upload]
     options.rounds = options.rounds or task.num_rounds
     options.images = task.num_images if options.images is None else options.images

@@ -63,7 +63,7 @@ class ADPConfig:
     optimizer_mask : whether units that nobody in a batch selected stay where they are in the optimiser's step.
     compact : whether only winners are computed; if not, everything is, and masked: the reference.
     upload : ``salient`` (the units most salient on a client's data), ``changed`` (those that changed most since it last
-        sent them: changes wait for their turn, and an entry moves by their sum over everybody) or ``all``.
+        sent them: changes wait for their turn, and who did not send an entry counts as no change) or ``all``.
     upload_density : share of a layer's units that is sent; 0 for ``density``.
     gates : ``global`` (averaged) or ``personal`` (they stay on the client).
     plan : gate ``all`` layers, or those in which gating pays on the clients' devices, ``measured`` once on each
@@ -162,6 +162,14 @@ class ADP(SubModelStrategy):
                 "adp.share=group",
                 "the model is no chain of blocks (traced models never are); use adp.share=batch or sample",
             )
+        is_waiting, robust = c.upload == "changed", self.setting.robust
+        refuse(
+            is_waiting and (job.compression.kind != "none" or not robust.is_plain),
+            f"adp.upload=changed with compression.kind={job.compression.kind}, robust.centre={robust.centre}",
+            "a part of what clients believe to have arrived is held back or left out; use adp.upload=salient",
+        )
+        reason = "clients need a folder to remember in what they did not send (store_dir)"
+        refuse(is_waiting and not job.store_dir, "adp.upload=changed", reason)
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -178,6 +186,7 @@ class ADP(SubModelStrategy):
             (c.share == "client", of_winners, "share=client", "share=group, batch or sample"),
             (c.upload == "all", ("upload-density",), "upload=all", "upload=salient"),
             (c.density == 1, of_uploads, "density=1", "density below 1"),
+            (c.upload_density == 1, ("upload",), "upload-density=1", "upload-density below 1"),
             (c.base != "fedprox", ("mu",), f"base={c.base}", "base=fedprox"),
         ):
             found = changed(c, names, self.name) if is_idle else []

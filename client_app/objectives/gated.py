@@ -28,6 +28,7 @@ from pruning.gates import (
     to_bitmap,
     upload_spec,
 )
+from pruning.importance import score_units
 from pruning.ops import trace_ops
 from wire.message import State
 
@@ -60,8 +61,8 @@ def gated(task: Task) -> Objective:
         return replace(base, predict=lambda x: last_logits(task.model(packed(x))))
     evidence, work = Evidence(gates, len(task.label_counts)), _Work(task)
     losers = Losers(task, gates) if settings.get("optimizer-mask", True) else None
-    sends_changed = settings.get("upload", "salient") == "changed" and float(settings.get("upload-density", 1.0)) < 1
-    unsent = Unsent(task) if sends_changed else None
+    density = float(settings.get("upload-density", 1.0))
+    unsent = Unsent(task) if density < 1 and settings.get("upload", "salient") == "changed" else None
     sparsity = float(settings.get("sparsity", 0.0))
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ def gated(task: Task) -> Objective:
         return value, logits
 
     def finish(num_steps: int) -> Findings:
-        return _findings(task, gates, evidence, plan, work.train_macs, unsent)
+        return _findings(task, gates, evidence, plan, work.train_macs, density, unsent)
 
     if losers is not None:
         base = replace(base, step=losers.step, steps_of=losers.steps_of)
@@ -135,7 +136,13 @@ def _measure(task: Task) -> tuple[LayerPlan, ...]:
 
 
 def _findings(
-    task: Task, gates: Gates, evidence: Evidence, plan: Sequence[LayerPlan], train_macs: float, unsent: Unsent | None
+    task: Task,
+    gates: Gates,
+    evidence: Evidence,
+    plan: Sequence[LayerPlan],
+    train_macs: float,
+    density: float,
+    unsent: Unsent | None,
 ) -> Findings:
     """What goes back: a part of the weights, and what was seen of the gates."""
     settings, salience = task.settings, evidence.salience()
@@ -152,7 +159,6 @@ def _findings(
         kept = {PREFIX + name for name in own}
         state = {key: tensor for key, tensor in state.items() if key not in kept}
     narrowed = None
-    density = float(settings.get("upload-density", 1.0))
     if density < 1:
         cpu: State = {key: tensor.detach().cpu() for key, tensor in state.items()}
         active = [site.group for site, gate in gates.pairs() if gate.k]
@@ -160,9 +166,10 @@ def _findings(
             scores = {name: salience[name].cpu().double().numpy() for name in active}
             narrowed = upload_spec(task.layout, task.spec, scores, density)
         else:
-            cpu, due = unsent.add_to(cpu), unsent.scores()
-            narrowed = upload_spec(task.layout, task.spec, {name: due[name] for name in active}, density)
-            memory["unsent"] = unsent.rest(narrowed)
+            cpu, due = unsent.add_to(cpu)
+            norms = score_units(due, task.layout, "l2", normalize=False)
+            narrowed = upload_spec(task.layout, task.spec, {name: norms[name] for name in active}, density)
+            memory["unsent"] = unsent.rest(due, narrowed)
         companions[BITMAP] = to_bitmap(task.layout, narrowed)
         shapes = shapes_of(task.full.state_dict())
         state = {key: t.contiguous() for key, t in narrow(cpu, task.layout, task.spec, narrowed, shapes).items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from client_app.objectives.base import Task
+from client_app.objectives.base import ObjectiveError, Task
 from pruning.extract import mesh, selection, shapes_of
-from pruning.importance import UnitScores, score_units
+from pruning.merge import is_finite
 from pruning.spec import SubModelSpec
 from wire.message import State, state_bytes
 
@@ -17,7 +17,8 @@ class Unsent:
 
     With x the weights that were received, y the trained ones and e what waits, ``a = e + y - x`` is due: units are sent
     as ``x + a``, and ``e+ = a`` in those that are not, 0 in those that are (Stich et al. 2018, arXiv 1809.07599,
-    algorithm 1, by units instead of entries). Buffers, and what no unit owns, are sent as they are.
+    algorithm 1, by units instead of entries). An entry that two units share goes with both. Buffers do not wait, and
+    what no unit owns always goes.
 
     Parameters
     ----------
@@ -29,31 +30,35 @@ class Unsent:
         self._task = task
         self._start = {name: p.detach().clone() for name, p in task.model.named_parameters() if name in owned}
         self._waiting: State = task.memory.get("unsent", {})
-        self._due: State = {}
 
     @property
     def kept_bytes(self) -> int:
         """Of the tensors that are kept through training."""
         return state_bytes(self._start)
 
-    def add_to(self, trained: State) -> State:
-        """``x + a``, shapes of the full model, on the CPU as ``trained`` is; what it lacks (own gates) is never due."""
+    def add_to(self, trained: State) -> tuple[State, State]:
+        """``x + a`` and ``a``, on the CPU as ``trained`` is; of what that lacks (own gates) nothing is due.
+
+        Raises
+        ------
+        ObjectiveError
+            If a change is not finite: it would wait for ever, unseen.
+        """
         nothing = torch.zeros(())
         start = {name: tensor.cpu() for name, tensor in self._start.items()}
-        self._due = {
-            name: self._waiting.get(name, nothing) + trained[name] - x if name in trained else torch.zeros_like(x)
+        due = {
+            name: (trained[name] - x) + self._waiting.get(name, nothing) if name in trained else torch.zeros_like(x)
             for name, x in start.items()
         }
-        return {name: start[name] + self._due[name] if name in start else y for name, y in trained.items()}
+        for name, tensor in due.items():
+            if not is_finite(tensor):
+                raise ObjectiveError(f"gated: training made {name!r} NaN or infinite; lower the learning rate")
+        return {name: start[name] + due[name] if name in start else y for name, y in trained.items()}, due
 
-    def scores(self) -> UnitScores:
-        """How much is due of every unit: the norm of its ``a``, after ``add_to``."""
-        return score_units(self._due, self._task.layout, "l2", normalize=False)
-
-    def rest(self, sent: SubModelSpec) -> dict[str, Tensor]:
-        """What waits after ``sent`` went; parameters of which nothing waits are missing."""
+    def rest(self, due: State, sent: SubModelSpec) -> dict[str, Tensor]:
+        """What waits of ``due`` after ``sent`` went; parameters of which nothing waits are missing."""
         places = selection(self._task.layout, sent, shapes_of(self._task.full.state_dict())).positions
-        waiting = {name: due.clone() for name, due in self._due.items()}
+        waiting = {name: tensor.clone() for name, tensor in due.items()}
         for name, tensor in waiting.items():
             tensor[mesh(places[name], tuple(tensor.shape))] = 0
         return {name: tensor for name, tensor in waiting.items() if tensor.any()}

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client_app.objectives import ObjectiveError
 from client_app.objectives.unsent import Unsent
 from pruning.extract import extract
 from pruning.gates import num_winners, upload_spec
+from pruning.importance import score_units
 from pruning.spec import FULL
 from tests.client_app.test_gated import WIDTHS, task_of, trained
 
@@ -72,7 +74,24 @@ def test_what_waited_is_sent_with_the_next_change_of_its_unit():
     assert torch.allclose(findings.state[key], expected[late][:, columns], atol=1e-6)
     rest = findings.memory["unsent"][key]
     assert not rest[late][:, columns].any(), "what was sent does not wait any more"
-    assert torch.allclose(rest[:64], task.model.state_dict()[key][:64] - start[key][:64])
+    assert torch.equal(rest[:64], task.model.state_dict()[key][:64] - start[key][:64])
+
+
+def test_what_waits_of_a_unit_that_does_not_move_stays_as_it_is_to_the_bit():
+    waiting = {"blocks.2.conv.weight": torch.rand(128, 64, 3, 3)}
+    task = task_of(memory={"unsent": waiting})
+    unsent = Unsent(task)
+    _, due = unsent.add_to(task.model.state_dict())
+    assert torch.equal(due["blocks.2.conv.weight"], waiting["blocks.2.conv.weight"])
+
+
+def test_a_change_that_is_no_number_does_not_wait_for_ever():
+    task = task_of()
+    unsent = Unsent(task)
+    with torch.no_grad():
+        task.model.blocks[2].conv.weight[5] = float("nan")
+    with pytest.raises(ObjectiveError, match=r"blocks.2.conv.weight.*lower the learning rate"):
+        unsent.add_to(task.model.state_dict())
 
 
 @settings(max_examples=20, deadline=None)
@@ -90,10 +109,9 @@ def test_what_was_sent_and_what_waits_is_what_changed(rounds):
         start = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
         unsent = Unsent(task)
         change = {name: torch.randn(start[name].shape, generator=generator) for name in names}
-        summed = unsent.add_to({**start, **{name: start[name] + change[name] for name in names}})
-        scores = {name: unsent.scores()[name] for name in WIDTHS}
-        spec = upload_spec(task.layout, FULL, scores, density)
-        memory = {"unsent": unsent.rest(spec)}
+        summed, due = unsent.add_to({**start, **{name: start[name] + change[name] for name in names}})
+        spec = upload_spec(task.layout, FULL, score_units(due, task.layout, "l2", normalize=False), density)
+        memory = {"unsent": unsent.rest(due, spec)}
         went = held_where(task, change, spec)
         for name in names:
             total[name] += change[name]

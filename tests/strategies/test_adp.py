@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from client_app.handler import handle
-from pruning.extract import embed
+from client_app.store import ClientStore
+from pruning.extract import embed, extract
 from pruning.gates import BITMAP, PREFIX, SALIENCE
 from pruning.groups import Layout
 from strategies.adp import ADPConfig
@@ -98,6 +99,33 @@ def test_a_merge_is_the_mean_over_those_who_sent_a_unit_and_others_keep_its_valu
         assert torch.equal(after[key][weight[key] == 0], tensor[weight[key] == 0])
         num_kept += int((weight[key] == 0).sum())
     assert num_kept, "every unit was sent by somebody: the test shows nothing"
+
+
+def test_what_waits_goes_with_the_next_answer_and_after_a_lost_one_with_the_one_after_it(tmp_path):
+    """Client 1's answer of round 3 is lost: in round 4 it goes on from what waited after round 2."""
+    waiting: dict[int, dict[str, torch.Tensor]] = {}
+    folder = tmp_path / "run"
+
+    def change(instruction: Instruction, report: Report) -> Report:
+        if instruction.action == "train" and instruction.partition_id == 1:
+            store = ClientStore(instruction.job.store_dir, 1)
+            waiting[instruction.server_round] = store.load(instruction.dispatch).get("objective", {}).get("unsent", {})
+            if instruction.server_round == 3:
+                raise RuntimeError("the answer was lost")
+        return report
+
+    spy = Spy(change)
+    tiny_run(folder, spy, **{**ADP, "num-rounds": 4, "adp.upload": "changed", "adp.upload-density": 0.2})
+    ((instruction, report),) = [(i, r) for i, r in spy.of(4) if i.partition_id == 1]
+    blank = replace(instruction, settings={**instruction.settings, "upload": "all", "upload-density": 1.0})
+    trained = handle(replace(blank, last_dispatch=-1, job=replace(instruction.job, store_dir=""))).state
+    _, layout = get_model("mlp", 10, 1, 8, gates=True)
+    due = {key: trained[key] + tensor for key, tensor in waiting[2].items()}
+    expected = extract({**trained, **due}, layout, report.narrowed)
+    assert waiting[2].keys() == {"blocks.1.linear.weight", "blocks.1.linear.bias", "heads.0.weight"}
+    assert all(torch.allclose(report.state[key], tensor, atol=1e-6) for key, tensor in expected.items())
+    sent = any(bool(extract({**trained, key: t}, layout, report.narrowed)[key].any()) for key, t in waiting[2].items())
+    assert sent, "nothing that waited went: the test shows nothing"
 
 
 @pytest.mark.slow
@@ -305,6 +333,8 @@ def test_a_model_that_is_no_chain_of_blocks_shares_winners_by_batch(tmp_path):
 
 
 REFUSED: dict[str, dict[str, Any]] = {
+    "adp.upload=changed with compression.kind=dgc": {"adp.upload": "changed", "compression.kind": "dgc"},
+    "adp.upload=changed with .*robust.centre=median": {"adp.upload": "changed", "robust.centre": "median"},
     "use model.gates=true": {"model.gates": False},
     "control variates are means": {"adp.base": "scaffold", "adp.share": "client"},
     "use another base|or another base": {
@@ -347,6 +377,7 @@ IDLE: dict[str, dict[str, Any]] = {
         "adp.density": 1.0,
     },
     r"adp.upload=changed with adp.density=1.*use adp.density below 1": {"adp.upload": "changed", "adp.density": 1.0},
+    r"adp.upload=changed with adp.upload-density=1": {"adp.upload": "changed", "adp.upload-density": 1.0},
     r"adp.upload=changed with adp.share=client": {"adp.upload": "changed", "adp.share": "client"},
     r"adp.mu=0.1 with adp.base=fednova.*use adp.base=fedprox": {"adp.mu": 0.1, "adp.base": "fednova"},
 }
@@ -397,14 +428,7 @@ def test_values_outside_their_range_are_refused(key, value):
         ADPConfig(**{key: value})
 
 
-@pytest.mark.parametrize("upload", ["salient", "changed"])
-def test_personal_gates_go_with_compressed_uploads_of_parts_that_change(upload, tmp_path):
-    keys = {
-        "adp.upload": upload,
-        "adp.gates": "personal",
-        "compression.kind": "dgc",
-        "evaluation.where": "federated",
-        "num-clients": 2,
-    }
+def test_personal_gates_go_with_compressed_uploads_of_parts_that_change(tmp_path):
+    keys = {"adp.gates": "personal", "compression.kind": "dgc", "evaluation.where": "federated", "num-clients": 2}
     rows = tiny_run(tmp_path / "run", **{**ADP, **keys, "num-rounds": 4, "adp.upload-density": 0.2})
     assert [(row["status"], row["reason"]) for row in select(rows, "arrival")] == [("merged", "")] * 8
