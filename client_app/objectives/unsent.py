@@ -13,7 +13,7 @@ from wire.message import State, state_bytes
 
 
 class Unsent:
-    """What became of the units of a client that trains the whole model and sends a part of it.
+    """What a client that trains the whole model and sends a part of it has not sent yet.
 
     With x the weights that were received, y the trained ones and e what waits, ``a = e + y - x`` is due: units are sent
     as ``x + a``, and ``e+ = a`` in those that are not, 0 in those that are (Stich et al. 2018, arXiv 1809.07599,

@@ -147,6 +147,8 @@ def test_fewer_filters_may_be_sent_than_are_computed_at_every_density_but_1():
     fewer = {"adp.density": 0.9, "adp.share": "group", "adp.upload-density": 0.25}
     assert found["d=0.9 u=0.25"] == {**fewer, "adp.upload": "salient"}
     assert found["d=0.9 u=0.25 changed"] == {**fewer, "adp.upload": "changed"}
+    with pytest.raises(SystemExit):
+        read_options(["--upload", "changed"])
     row = {"variant": "d=0.9 u=0.25", "last upload": "", "lost points": ""}
     row |= {f"{way} bytes to it, first hit": "" for way in ("authors'", "salient", "wire")}
     (claim,) = adp.judge([{"base": "fedavg", "partition": "iid", "rows": [row]}], lambda density: density)
