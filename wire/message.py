@@ -24,6 +24,8 @@ class ModelConfig:
     exits : with exit heads at a quarter, half, three quarters and all of the depth (zoo models that have them).
     scales : with a learnable scale for every head and neuron (ViTs and the mlp; BatchNorm has scales of its own).
     gates : with a gate on every layer that can have one (ADP's dynamic pruning; models with convolutions).
+    patch_size : side of a vision transformer's patch, pixels; 0: what the model does by itself (the zoo's: an eighth of
+        the image, 16 from 128 pixels up; ``vit_micro``: a quarter).
     """
 
     name: str = "cnn"
@@ -31,10 +33,12 @@ class ModelConfig:
     exits: bool = False
     scales: bool = False
     gates: bool = False
+    patch_size: int = 0
 
     def __post_init__(self) -> None:
         """Check every range."""
         require(self.width > 0, "width", self.width, "a positive number")
+        require(self.patch_size >= 0, "patch-size", self.patch_size, "pixels, or 0 for the model's own")
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def vit(
         patch_size = 16 if image_size >= 128 else max(1, image_size // 8)
     if image_size % patch_size:
         raise ValueError(
-            f"vit: image-size {image_size} is not a multiple of patch-size {patch_size}; choose a divisor of it"
+            f"vit: image-size {image_size} is not a multiple of patch-size {patch_size}; choose a divisor of it (model.patch-size)"
         )
     if dim % num_heads:
         raise ValueError(f"vit: dim must be a multiple of num-heads, got dim {dim} and num-heads {num_heads}")

@@ -358,6 +358,7 @@ def flatten(table: dict, prefix: str = "") -> dict:
         (["model.name=resnet9"], "did you mean 'resnet8'"),
         (["compare", "fedavg", "heterofl", "model.name=resnet9"], "did you mean 'resnet8'"),
         (["model.name=vgg11", "model.exits=true"], "has no option 'exits'"),
+        (["model.name=cnn", "model.patch-size=4"], "has no option 'patch_size'"),
         (["data.name=digitz"], "Did you mean 'digits'"),
         (["data.name=npz:none.npz"], "none.npz: does not exist"),
         (["data.name=cifar10", "data.dir=nowhere"], "data.download=true"),

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from client_app.model import build_model
 from pruning.groups import Axis, Group, Layout, LayoutError
+from wire.message import ModelConfig
 from zoo import ModelError, get_model, model_names
 
 
@@ -75,6 +77,12 @@ def test_larger_images_are_accepted(name):
     options = {} if name == "vit_tiny" else {"width": 0.1}
     model, _ = get_model(name, 4, 3, 96, **options)
     assert model.eval()(torch.randn(2, 3, 96, 96)).shape == (2, 4)
+
+
+def test_patches_have_the_size_that_was_asked_for():
+    own, asked = (build_model(ModelConfig("vit_tiny", patch_size=size), 10, (1, 8, 8))[0] for size in (0, 2))
+    tokens = [model.state_dict()["stem.position"].shape[1] for model in (own, asked)]
+    assert tokens == [1 + 8 * 8, 1 + 4 * 4]
 
 
 @pytest.mark.parametrize(
