@@ -78,10 +78,12 @@ COMMON: Keys = {
     "num-rounds": 5,  # at first: a run goes on until its time is over
 }
 VIT: Keys = {"model.name": "vit_micro", "train.optimizer": "adam", "train.learning-rate": 0.002}
+VIT_TINY: Keys = {**VIT, "model.name": "vit_tiny", "model.patch-size": 2, "train.learning-rate": 0.001}
 RESNET: Keys = {"model.name": "resnet20", "train.learning-rate": 0.05, "train.local-epochs": 2}
 CIFAR: Keys = {"data.max-train": 4000, "data.max-test": 2000, "train.augment": "flip-shift"}
 TASKS: dict[str, Task] = {
     "digits": Task({**COMMON, **VIT, "data.name": "digits"}, 40.0),
+    "digits-vit-tiny": Task({**COMMON, **VIT_TINY, "data.name": "digits"}, 400.0),
     "cifar10": Task({**COMMON, **VIT, **CIFAR, "data.name": "cifar10"}, 120.0),
     "cifar100": Task({**COMMON, **VIT, **CIFAR, "data.name": "cifar100"}, 120.0),
     "cifar10-resnet20": Task({**COMMON, **RESNET, **CIFAR, "data.name": "cifar10"}, 200.0),
