@@ -30,7 +30,7 @@ def build_model(config: ModelConfig, num_classes: int, shape: tuple[int, int, in
 def model_options(config: ModelConfig) -> dict[str, Any]:
     """The options that the model is asked for with: those that differ from what every model does by itself."""
     options: dict[str, Any] = {} if config.width == 1 else {"width": config.width}
-    options |= {name: True for name in ("exits", "scales", "gates") if getattr(config, name)}
+    options |= {name: True for name in ("exits", "scales", "gates", "residual_outputs") if getattr(config, name)}
     return options | ({"patch_size": config.patch_size} if config.patch_size else {})
 
 

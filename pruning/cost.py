@@ -73,6 +73,7 @@ class CostModel:
     trainable : state-dict keys of the parameters; the others are buffers.
     shapes : of the full state dict.
     read : weight -> a copy of its input, bytes per sample.
+    written : weight of a linear layer -> its output, bytes per sample.
     shared : weights of linear layers whose input is part of ``frozen_activation_bytes``.
     """
 
@@ -81,6 +82,7 @@ class CostModel:
     trainable: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
     read: Mapping[str, Term]
+    written: Mapping[str, Term]
     shared: frozenset[str]
 
     def of(self, spec: SubModelSpec) -> Cost:
@@ -108,10 +110,15 @@ class CostModel:
         """Bytes per sample that gates on the units of ``groups`` keep beside ``frozen_activation_bytes``.
 
         Of a frozen linear layer the input, if nothing else keeps it; of convolutions and of ``trained`` weights the
-        gated copy that they read.
+        gated copy that they read. Of a layer whose units nothing reads, what it writes.
         """
-        gated = {axis.key for group in groups for axis in group.axes if axis.dim == 1 and axis.key in self.read}
+        gated, written = set[str](), set[str]()
+        for group in groups:
+            keys = {axis.key for axis in group.axes if axis.dim == 1 and axis.key in self.read}
+            gated |= keys
+            written |= set() if keys else {axis.key for axis in group.axes if axis.key in self.written}
         kept = [self.read[key] for key in sorted(gated) if key not in self.shared or key in trained]
+        kept += [self.written[key] for key in sorted(written)]
         return int(self._sum(kept, self._widths(spec), spec.depth)[0])
 
     def _widths(self, spec: SubModelSpec) -> np.ndarray:
@@ -186,10 +193,12 @@ def measure_costs(model: nn.Module, layout: Layout, example: Tensor) -> CostMode
     terms["frozen_activation_bytes"] = [term_of(saved) for saved in trace.saved if not saved.for_weight]
     read = {key: term_of(copy) for key, (copy, _) in trace.read.items()}
     linear = {key: trace.saved[index] for key, (_, index) in trace.read.items() if tensors[key].dim() == 2}
+    position_bytes = {key: trace.read[key][0].bytes / tensors[key].shape[1] for key in linear}
+    written = {key: Term(size, (factors(key)[0],), layout.block_of(key)) for key, size in position_bytes.items()}
     shared = frozenset(key for key, saved in linear.items() if not saved.for_weight)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     priced = {name: tuple(items) for name, items in terms.items()}
-    return CostModel(layout, priced, frozenset(parameters), shapes, read, shared)
+    return CostModel(layout, priced, frozenset(parameters), shapes, read, written, shared)
 
 
 def _factor(size: int, axes: Sequence[tuple[int, int, Axis]]) -> Factor:

@@ -24,6 +24,8 @@ class ModelConfig:
     exits : with exit heads at a quarter, half, three quarters and all of the depth (zoo models that have them).
     scales : with a learnable scale for every head and neuron (ViTs and the mlp; BatchNorm has scales of its own).
     gates : with a gate on every layer that can have one (ADP's dynamic pruning; models with convolutions).
+    residual_outputs : with a unit for every feature that attention and MLP write into the residual stream, which stays
+        whole (ViTs of the zoo).
     patch_size : side of a vision transformer's patch, pixels; 0: what the model does by itself (the zoo's: an eighth of
         the image, 16 from 128 pixels up; ``vit_micro``: a quarter).
     """
@@ -33,6 +35,7 @@ class ModelConfig:
     exits: bool = False
     scales: bool = False
     gates: bool = False
+    residual_outputs: bool = False
     patch_size: int = 0
 
     def __post_init__(self) -> None:

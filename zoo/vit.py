@@ -2,7 +2,7 @@
 
 Dosovitskiy et al. (arXiv 2010.11929) for the body; exit heads behind L/4, L/2, 3L/4 and L blocks as in Co-S2P.
 The residual width never shrinks: layer normalisation mixes all of it, so removing a channel would not be silencing it.
-Units are attention heads and MLP neurons.
+Units are attention heads and MLP neurons; if so asked, also the features that a layer writes into the residual stream.
 
 B samples, N tokens (class token first), D residual width, H heads, E width of a head, M neurons.
 """
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.groups import Block, Group, Layout
+from pruning.groups import Axis, Block, Group, Layout
+from pruning.residual import ResidualSum
 from pruning.unit_scale import UnitScale
 from zoo.chain import BlockChain
 from zoo.declare import classes, columns, declare_blocks, rows, scale_width, unit_scale
@@ -63,16 +64,19 @@ class Attention(nn.Module):
 class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP, both residual: [B, N, D] -> [B, N, D]."""
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int, neurons: int, fused_qkv: bool, scales: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, head_dim: int, neurons: int, fused_qkv: bool, scales: bool, outputs: bool
+    ) -> None:
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, num_heads, head_dim, fused_qkv, scales)
         self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, neurons), nn.Linear(neurons, dim)
         self.scale = UnitScale(neurons) if scales else nn.Identity()
+        self.sum1, self.sum2 = ResidualSum(dim, outputs), ResidualSum(dim, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply one encoder block."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.fc2(self.scale(F.gelu(self.fc1(self.norm2(x)))))
+        x = self.sum1(self.attention(self.norm1(x)), x)
+        return self.sum2(self.fc2(self.scale(F.gelu(self.fc1(self.norm2(x))))), x)
 
 
 class TokenHead(nn.Module):
@@ -102,6 +106,7 @@ def vit(
     fused_qkv: bool = True,
     exits: bool = False,
     scales: bool = False,
+    residual_outputs: bool = False,
     width: float = 1.0,
 ) -> tuple[BlockChain, Layout]:
     """A vision transformer; ``dim`` is the residual width and ``dim / num_heads`` the width of one head.
@@ -110,6 +115,8 @@ def vit(
     and an eighth of the image (at least 1) below that.
     ``width`` scales heads and neurons, never the residual width. Groups: ``block0.heads``, ``block0.mlp``, ...
     With ``scales`` every head and neuron has a learnable factor, which the L1 penalty can shrink.
+    With ``residual_outputs`` the features that attention and MLP write into the residual stream are units as well,
+    ``block0.heads_out`` and ``block0.mlp_out``; what is not written leaves the stream as it was (Co-S2P's output rows).
     Without exits the only head stays at every depth; with them each exit belongs to the block it stands behind.
     """
     if patch_size is None and grid is not None:
@@ -118,7 +125,8 @@ def vit(
         patch_size = 16 if image_size >= 128 else max(1, image_size // 8)
     if image_size % patch_size:
         raise ValueError(
-            f"vit: image-size {image_size} is not a multiple of patch-size {patch_size}; choose a divisor of it (model.patch-size)"
+            f"vit: image-size {image_size} is not a multiple of patch-size {patch_size}; "
+            "choose a divisor of it (model.patch-size)"
         )
     if dim % num_heads:
         raise ValueError(f"vit: dim must be a multiple of num-heads, got dim {dim} and num-heads {num_heads}")
@@ -129,13 +137,14 @@ def vit(
     exit_blocks = tuple(num_blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)) if exits else ()
     model = BlockChain(
         PatchEmbedding(in_channels, dim, image_size, patch_size),
-        [EncoderBlock(dim, heads, head_dim, neurons, fused_qkv, scales) for _ in range(num_blocks)],
+        [EncoderBlock(dim, heads, head_dim, neurons, fused_qkv, scales, residual_outputs) for _ in range(num_blocks)],
         [TokenHead(dim, num_classes) for _ in range(len(exit_blocks) or 1)],
         exit_blocks,
     )
     groups: list[Group] = []
     for index in range(num_blocks):
         groups += _groups_of(index, heads, head_dim, neurons, fused_qkv, scales)
+        groups += _outputs_of(index, dim) if residual_outputs else ()
     groups.append(classes(num_classes, *(f"heads.{j}.linear" for j in range(len(model.heads)))))
     blocks: tuple[Block, ...] = declare_blocks(num_blocks, {block: j for j, block in enumerate(exit_blocks)})
     return model, Layout(tuple(groups), blocks)
@@ -155,3 +164,13 @@ def _groups_of(
     of_attention = tuple(axis for part in parts for axis in part) + of_heads + columns(f"{attention}.proj", head_dim)
     of_mlp = rows(f"{block}.fc1", bias=True) + of_neurons + columns(f"{block}.fc2")
     return Group(f"block{index}.heads", heads, of_attention), Group(f"block{index}.mlp", neurons, of_mlp)
+
+
+def _outputs_of(index: int, dim: int) -> tuple[Group, Group]:
+    """What the attention and the MLP of one block write into the residual stream."""
+    block = f"blocks.{index}"
+    of_attention, of_mlp = (
+        Group(f"block{index}.{name}", dim, (*rows(f"{block}.{layer}", bias=True), Axis(f"{block}.{total}.places", 0)))
+        for name, layer, total in (("heads_out", "attention.proj", "sum1"), ("mlp_out", "fc2", "sum2"))
+    )
+    return of_attention, of_mlp

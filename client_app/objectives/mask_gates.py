@@ -3,7 +3,8 @@
 They are Co-S2P's, open or shut for a whole batch and gone with the mask phase; ADP's, in ``pruning.gates``, belong to
 the model and judge every sample.
 
-A unit whose gate is shut is silenced, which is what removing it does. The gradient of a gate needs no gradient of any
+A unit whose gate is shut is silenced, which is what removing it does. What no layer reads, for it goes into a residual
+stream, is gated behind the layer that writes it. The gradient of a gate needs no gradient of any
 weight: with frozen weights a step makes two thirds of the products of a training step.
 """
 
@@ -92,6 +93,9 @@ class MaskGates:
                 else:
                     hook = self._hook(number, axis, isinstance(module, nn.Linear))
                     self._handles.append(module.register_forward_pre_hook(hook))
+            for axis in writers_of(group, modules):
+                module = modules[axis.key.rpartition(".")[0]]
+                self._handles.append(module.register_forward_hook(self._written(number)))
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Open and shut the gates anew; returns them, [num_units]."""
@@ -122,6 +126,9 @@ class MaskGates:
         product: Tensor = GatedProduct.apply(x, module.weight, module.bias, gate)
         return product
 
+    def _written(self, number: int) -> Any:
+        return lambda module, inputs, written: written * self._values[number]
+
     def _hook(self, number: int, axis: Axis, is_last: bool) -> Any:
         def gate(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x = inputs[0]
@@ -140,3 +147,11 @@ def readers_of(group: Group, modules: Mapping[str, nn.Module]) -> list[Axis]:
     """The axes along which linear layers and convolutions read a group's units."""
     readers = {axis: modules.get(axis.key.rpartition(".")[0]) for axis in group.axes if axis.dim == 1}
     return [axis for axis, module in readers.items() if isinstance(module, READERS)]
+
+
+def writers_of(group: Group, modules: Mapping[str, nn.Module]) -> list[Axis]:
+    """The axes along which linear layers write units that no layer reads: a part of a residual stream."""
+    if any(axis.dim == 1 for axis in group.axes):
+        return []
+    writers = {axis: modules.get(axis.key.rpartition(".")[0]) for axis in group.axes if axis.key.endswith(".weight")}
+    return [axis for axis, module in writers.items() if isinstance(module, nn.Linear)]

@@ -17,7 +17,7 @@ from client_app.model import costs_by_spec
 from client_app.objectives.base import CostOf, Findings, Objective, ObjectiveError, Task, last_logits
 from client_app.objectives.cross_entropy import cross_entropy
 from client_app.objectives.distillation import deepest_teaches, exits, mutual
-from client_app.objectives.mask_gates import READERS, MaskGates, readers_of
+from client_app.objectives.mask_gates import READERS, MaskGates, readers_of, writers_of
 from pruning.capability import Training, groups_within, inner_groups, mask_phase_bytes, widths_at
 from pruning.cost import measure_costs
 from pruning.extract import narrow, resize, shapes_of
@@ -209,12 +209,13 @@ class MaskPhase:
 
 
 def learnable_groups(task: Task) -> tuple[Group, ...]:
-    """The groups a client can learn to narrow: inside blocks that it holds, read by layers that can be gated."""
+    """The groups a client can learn to narrow: inside blocks that it holds, where layers can be gated."""
     shapes = {key: tuple(tensor.shape) for key, tensor in task.full.state_dict().items()}
     depth = len(task.layout.blocks) if task.spec.depth is None else task.spec.depth
     modules = dict(task.model.named_modules())
     held = groups_within(inner_groups(task.layout, shapes), task.layout, depth)
-    found = tuple(g for g in held if readers_of(g, modules) and g.name not in task.spec.units)
+    gated = [group for group in held if readers_of(group, modules) or writers_of(group, modules)]
+    found = tuple(group for group in gated if group.name not in task.spec.units)
     if not found:
         raise ObjectiveError("objective: mask-learning: the model has no unit to choose; use another model or masks")
     return found

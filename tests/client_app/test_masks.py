@@ -28,20 +28,20 @@ from pruning.prove import _randomize, random_spec, silence
 from pruning.spec import FULL, SubModelSpec
 from tests.client_app.conftest import MakeInstruction
 from tests.marks import slow_but
+from tests.vits import small, writing
 from wire.message import DataConfig, Instruction, ModelConfig, TrainConfig
 from wire.training import optimizer_slots
 from zoo import get_model
 
 SETTINGS = {"then": "deepest-teaches", "width-rate": 0.5, "mask-epochs": 2, "distillation-weight": 0.5}
+VITS = {"tests.vits:small": small, "tests.vits:writing": writing}
 
 
 def build(name: str = "vit_micro", exits: bool = True):
     torch.manual_seed(0)
     options = {"exits": True} if exits else {}
-    if name == "tests.vits:small":
-        from tests.vits import small
-
-        return small(10, 1, 8, **options)
+    if name in VITS:
+        return VITS[name](10, 1, 8, **options)
     return get_model(name, 10, 1, 8, **options)
 
 
@@ -73,9 +73,9 @@ def masked(make_instruction: MakeInstruction, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("name", ["tests.vits:small", "resnet8", "mlp", "cnn", "lenet", "vgg11", "mobilenet_v2"])
+@pytest.mark.parametrize("name", [*VITS, "resnet8", "mlp", "cnn", "lenet", "vgg11", "mobilenet_v2"])
 def test_shut_gates_are_silenced_units(name):
-    exits = name in ("tests.vits:small", "resnet8")
+    exits = name in (*VITS, "resnet8")
     model, layout = build(name, exits) if name != "vgg11" else (get_model("vgg11", 10, 1, 32, width=0.125))
     x = torch.randn(3, 1, 32 if name == "vgg11" else 8, 32 if name == "vgg11" else 8)
     _randomize(model, 0)
@@ -109,11 +109,12 @@ def test_the_draw_is_bernoulli_forward_and_straight_through_times_p_backward():
     assert float(many.mean()) == pytest.approx(0.3, abs=0.01)
 
 
+@pytest.mark.parametrize("name", VITS)
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.75, 0.9])
-def test_the_realised_keep_rate_is_the_target_to_one_unit_per_group(masked, rate):
-    report = handle(masked(settings={"width-rate": rate}))
+def test_the_realised_keep_rate_is_the_target_to_one_unit_per_group(masked, rate, name):
+    report = handle(masked(name, settings={"width-rate": rate}))
     assert report.narrowed is not None
-    _, layout = build("tests.vits:small")
+    _, layout = build(name)
     for group in layout.prunable:
         width = report.narrowed.width(layout, group.name)
         assert abs(width - rate * group.size) <= 0.5 or width == 1
@@ -154,7 +155,9 @@ def task_for(instruction: Instruction) -> Task:
     )
 
 
-@pytest.mark.parametrize(("name", "exits"), [("tests.vits:small", True), ("resnet8", True), ("mlp", False)])
+@pytest.mark.parametrize(
+    ("name", "exits"), [("tests.vits:small", True), ("tests.vits:writing", True), ("resnet8", True), ("mlp", False)]
+)
 def test_learning_a_mask_leaves_the_weights_and_statistics_as_they_were_received(masked, name, exits):
     instruction = masked(name, exits)
     task = task_for(instruction)
@@ -163,7 +166,7 @@ def test_learning_a_mask_leaves_the_weights_and_statistics_as_they_were_received
         assert torch.equal(tensor, instruction.state[key]), key
     assert learned.spec.is_subset_of(instruction.spec, task.layout)
     assert learned.num_seen == 2 * len(task.examples)
-    assert not any(module._forward_pre_hooks for module in task.model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in task.model.modules())
 
 
 def test_the_mask_phase_sees_augmented_images_where_training_does(masked, monkeypatch):
@@ -326,13 +329,19 @@ def test_both_phases_are_in_the_macs_and_the_larger_one_is_the_peak(masked):
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     slow_but(
-        [("tests.vits:small", "adam"), ("resnet8", "sgd"), ("mlp", "adam"), ("cnn", "sgd")],
-        product(["tests.vits:small", "resnet8", "mlp", "cnn", "mobilenet_v2"], ["sgd", "adam"]),
+        [
+            ("tests.vits:small", "adam"),
+            ("tests.vits:writing", "sgd"),
+            ("resnet8", "sgd"),
+            ("mlp", "adam"),
+            ("cnn", "sgd"),
+        ],
+        product([*VITS, "resnet8", "mlp", "cnn", "mobilenet_v2"], ["sgd", "adam"]),
     ),
 )
 def test_the_estimate_of_the_mask_phase_is_what_it_was_counted_to_hold(masked, name, optimizer):
     """Frozen weights, gated copies of what convolutions read, scores and what is trained beside them."""
-    exits = name in ("tests.vits:small", "resnet8")
+    exits = name in (*VITS, "resnet8")
     instruction = masked(name, exits, train={"batch_size": 64, "optimizer": optimizer})
     task, shape = task_for(instruction), (1, 8, 8)
     slots = optimizer_slots(instruction.job.train)

@@ -36,6 +36,8 @@ MODELS = [
     ("vit_tiny", {"dim": 24, "num_blocks": 4, "fused_qkv": False, "exits": True}),
 ]
 IDS = ["-".join([name, *options]) for name, options in MODELS]
+WRITING = ("vit_tiny", {"dim": 24, "num_blocks": 4, "residual_outputs": True})
+"""No tracer finds units that nothing reads."""
 
 
 def build(name: str, options: dict) -> tuple:
@@ -59,7 +61,7 @@ def owned_places(group: Group) -> frozenset:
     )
 
 
-@pytest.mark.parametrize(("name", "options"), MODELS, ids=IDS)
+@pytest.mark.parametrize(("name", "options"), [*MODELS, WRITING], ids=[*IDS, "-".join(["vit", *WRITING[1]])])
 def test_declared_layouts_are_proved(name, options):
     model, layout = build(name, options)
     assert prove(model, layout, torch.randn(2, 3, 32, 32), declared=True) == layout
@@ -161,3 +163,33 @@ def test_the_softmax_scale_of_a_transformer_with_fewer_heads_stays_that_of_the_f
     small = resize(model, layout, spec)
     assert small.blocks[1].attention.head_dim == model.blocks[1].attention.head_dim == 8
     assert small.blocks[1].attention.qkv.weight.shape == (3 * 8, 24)
+
+
+def test_what_a_narrowed_layer_does_not_write_leaves_the_residual_stream_as_it_was():
+    model, layout = build(*WRITING)
+    kept = [1, 5, 20]
+    spec = SubModelSpec.of({"block1.heads_out": kept, "block1.mlp_out": [0]})
+    small = resize(model, layout, spec)
+    small.load_state_dict(extract(model.state_dict(), layout, spec), strict=True)
+    stream, block = torch.randn(2, 5, 24), small.blocks[1]
+    attention = block.attention(block.norm1(stream))
+    assert attention.shape == (2, 5, 3)
+    summed = block.sum1(attention, stream)
+    untouched = [index for index in range(24) if index not in kept]
+    assert torch.equal(summed[..., untouched], stream[..., untouched])
+    assert torch.equal(summed[..., kept], stream[..., kept] + attention)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("residual_outputs", [False, True])
+def test_a_blocks_share_of_weights_is_the_rate_and_less_with_output_rows_left_out(rate, residual_outputs):
+    """(7 r + 5 r^2) / 12 of the 12 D^2 weights of a block; r where what it writes stays whole."""
+    model, layout = vit(5, 3, 32, dim=64, num_heads=4, num_blocks=4, residual_outputs=residual_outputs)
+    spec = SubModelSpec.of({group.name: range(int(rate * group.size)) for group in layout.prunable})
+
+    def num_weights(state: dict[str, torch.Tensor]) -> int:
+        return sum(t.numel() for key, t in state.items() if key.startswith("blocks.0.") and t.dim() == 2)
+
+    assert num_weights(model.state_dict()) == 12 * 64**2
+    share = num_weights(extract(model.state_dict(), layout, spec)) / num_weights(model.state_dict())
+    assert share == pytest.approx((7 * rate + 5 * rate**2) / 12 if residual_outputs else rate)
