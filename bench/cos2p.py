@@ -6,8 +6,8 @@
 
 Every run is kept in results/bench/cos2p; a run that is there is not repeated. Each method goes on, at one learning
 rate, until the same virtual time has passed, so that its curve can be read at any time before, too. The clock is the
-fleet's; memory is counted by every client, and measured in client processes of their own, one for each of Co-S2P's
-device classes and phases. *Slow clients* are the slower half, who hold the smaller sub-models. The CIFAR tasks need
+fleet's; memory is counted by every client, and measured in client processes of their own, one for each method, device
+class and phase. *Slow clients* are the slower half, who hold the smaller sub-models. The CIFAR tasks need
 ``--data-dir`` with NAME.npz or torchvision's files; without them they are left out.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.common import add_device, finish, print_table, seeds_of
 from bench.common import options as common_options
-from bench.cos2p_memory import kept_memory
+from bench.cos2p_memory import HALF, kept_memory, saved
 from bench.runs import (
     FOLDERS,
     Job,
@@ -116,6 +116,7 @@ RIVALS = ("fedavg", "only-capable", "smallest-everywhere", "heterofl", "fjord", 
 PARTS = {"cos2p random masks": "masks agreed on above random ones", "cos2p no distillation": "distillation above none"}
 """Co-S2P without one of its parts -> what the part is for."""
 QUICK = ("cos2p", "cos2p synchronous", "fedavg")
+QUICK_MEMORY = ("cos2p", "fedavg")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -137,8 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     methods = options.method or list(METHODS)
     jobs = [job_of(task, seed, method, options) for task in tasks for seed in seeds_of(options) for method in methods]
     complete(jobs, options)
-    memory = kept_memory(options.store, is_quick=options.quick, may_measure=not options.kept)
-    print_table("peak of a client process, measured above its peak before the request", memory)
+    compared = {name: METHODS[name] for name in (QUICK_MEMORY if options.quick else ("cos2p", *RIVALS))}
+    model = "vit_micro" if options.quick else "vit_tiny"
+    memory = kept_memory(options.store, compared, model, may_measure=not options.kept)
+    print_table("peak of a client process above its peak before the request, and what it counts, MiB", memory)
     tables = [summarise(task, options, memory) for task in tasks]
     for table in tables:
         print_table(f"{table['task']}: {table['budget_s']:g} virtual seconds, {table['seeds']} seeds", table["rows"])
@@ -349,7 +352,7 @@ def paired(runs: Runs, ours: str, theirs: str) -> list[tuple[Mapping[str, Any], 
 
 def saved_memory(memory: Sequence[Mapping[str, Any]]) -> str:
     """What clients of rate .5 measured, against the full model's training, in both phases."""
-    half = {row["phase"]: f"{100 * row['against full']:+.0f} %" for row in memory if row["rate"] == 0.5}
+    half = {phase: f"{100 * ratio:+.0f} %" for phase, ratio in saved(memory, "cos2p", HALF).items()}
     return f"{half['masks + weights']} measured at rate .5 while masks are learned, {half['weights']} after that"
 
 

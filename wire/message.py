@@ -21,7 +21,8 @@ class ModelConfig:
     ----------
     name : zoo name, ``torchvision:NAME``, ``timm:NAME`` or ``package.module:function``.
     width : multiplies every width, > 0 (zoo models).
-    exits : with exit heads at a quarter, half, three quarters and all of the depth (zoo models that have them).
+    exits : with exit heads (zoo models that have them): ViTs at a quarter, half, three quarters and all of the depth,
+        convolutional nets behind every stage, the mlp behind every layer.
     scales : with a learnable scale for every head and neuron (ViTs and the mlp; BatchNorm has scales of its own).
     gates : with a gate on every layer that can have one (ADP's dynamic pruning; models with convolutions).
     residual_outputs : with a unit for every feature that attention and MLP write into the residual stream, which stays

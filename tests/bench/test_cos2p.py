@@ -12,6 +12,7 @@ from bench import cos2p, cos2p_memory
 from bench.common import RESULTS
 from bench.cos2p import METHODS, TASKS, claims, figures, job_of, outcome, summarise
 from bench.runs import keep
+from fleet.fleet import JETSON_PATTERN
 from reporting.log import read_events
 from reporting.summary import summarise as summarise_log
 from server_app.config import parse
@@ -19,10 +20,10 @@ from tests.runs import tiny_run
 from wire.flat import ConfigError
 
 MEMORY = [
-    {"rate": 1.0, "phase": "weights", "against full": 0.0},
-    {"rate": 0.5, "phase": "weights", "against full": -0.6},
-    {"rate": 0.5, "phase": "masks + weights", "against full": -0.45},
-    {"rate": 0.25, "phase": "weights", "against full": -0.9},
+    {"method": "cos2p", "phase": "masks + weights", "jetson-tx2 measured": 55.0},
+    {"method": "cos2p", "phase": "weights", "jetson-tx2 measured": 40.0},
+    {"method": "heterofl", "phase": "weights", "jetson-tx2 measured": 60.0},
+    {"method": "fedavg", "phase": "weights", "jetson-tx2 measured": 100.0},
 ]
 
 
@@ -189,13 +190,24 @@ def test_an_outcome_of_a_real_run_has_what_the_table_needs(tmp_path):
 
 
 @pytest.mark.slow
-def test_peak_memory_is_measured_for_each_phase_and_set_against_the_full_model(tmp_path):
-    memory = cos2p_memory.measure_memory(is_quick=True)
-    phases = [(1.0, "weights"), (0.5, "weights"), (0.5, "masks + weights")]
-    assert [(row["rate"], row["phase"]) for row in memory] == phases
-    assert memory[0]["against full"] == 0
-    assert all(row["measured_mib"] > 0 for row in memory)
-    assert memory[1]["counted against full"] < memory[2]["counted against full"] < -0.22
+def test_peak_memory_is_measured_for_each_method_phase_and_device_and_set_against_the_full_model():
+    methods = {name: METHODS[name] for name in ("cos2p", "only-capable", "fedavg")}
+    memory = cos2p_memory.measure_memory(methods, "vit_micro")
+    assert [(row["method"], row["phase"]) for row in memory] == [
+        ("cos2p", "masks + weights"),
+        ("cos2p", "weights"),
+        ("only-capable", "weights"),
+        ("fedavg", "weights"),
+    ]
+    masks, weights, capable, full = memory
+    for device in JETSON_PATTERN:
+        assert full[f"{device} measured"] > 0
+        assert full[f"{device} counted"] == full["jetson-nano counted"], "everybody has the full model"
+        assert weights[f"{device} counted"] <= masks[f"{device} counted"] < 1.01 * full[f"{device} counted"]
+    assert masks["jetson-tx2 counted"] < 0.78 * full["jetson-tx2 counted"]
+    assert [name for name in capable if "measured" in name] == [f"{device} measured" for device in JETSON_PATTERN[2:]]
+    ratio = masks["jetson-tx2 measured"] / full["jetson-tx2 measured"]
+    assert cos2p_memory.saved(memory, "cos2p", "jetson-tx2")["masks + weights"] == ratio - 1
 
 
 @pytest.mark.slow  # as well: -m "not slow" puts itself in the place of the default, which leaves out what is long
