@@ -24,6 +24,7 @@ COMMON: Keys = {
     "num-clients": len(JETSON_PATTERN),
     "num-rounds": 1,
     "fleet.name": "jetson-16",
+    "data.name": "digits",
     "data.partition": "iid",
     "data.max-train": 2 * BATCH * len(JETSON_PATTERN),
     "data.max-test": BATCH,
@@ -47,8 +48,9 @@ HALF = JETSON_PATTERN[1]
 def kept_memory(store: Path, methods: Mapping[str, Keys], model: str, *, may_measure: bool) -> list[dict[str, Any]]:
     """What the store has of ``measure_memory``, measured now where it lacks it; [] if that is not wanted."""
     path = store / f"peaks_{model}.json"
-    if may_measure and not path.exists():
-        keep(path, {"rows": measure_memory(methods, model)})
+    asked = {name: {**COMMON, **keys} for name, keys in methods.items()}
+    if may_measure and not (path.exists() and load(path)["methods"] == asked):
+        keep(path, {"methods": asked, "rows": measure_memory(methods, model)})
     rows: list[dict[str, Any]] = load(path)["rows"] if path.exists() else []
     return rows
 
@@ -61,7 +63,7 @@ def measure_memory(methods: Mapping[str, Keys], model: str) -> list[dict[str, An
     methods : name -> its settings.
     model : name of the network.
     """
-    rows, peaks = [], dict[tuple[Any, ...], dict[str, float]]()
+    rows, peaks = [], dict[str, dict[str, float]]()
     for method, keys in methods.items():
         phases = PHASES if keys["strategy"] == "cos2p" else {"weights": {}}
         for phase, more in phases.items():
@@ -70,7 +72,7 @@ def measure_memory(methods: Mapping[str, Keys], model: str) -> list[dict[str, An
             for pid, device in enumerate(JETSON_PATTERN):
                 if pid in requests:
                     asked = requests[pid]
-                    same = (asked.spec, asked.objective, asked.job.model, tuple(asked.settings.items()))
+                    same = repr(replace(asked, dispatch=0, partition_id=0, state={}, companions={}))
                     peaks[same] = peaks.get(same) or in_fresh_process(client_peak, asked)
                     row |= {f"{device} {figure}": value for figure, value in peaks[same].items()}
             rows.append(row)
@@ -82,7 +84,7 @@ def first_requests(keys: Keys) -> dict[int, Instruction]:
     found: dict[int, Instruction] = {}
 
     def note(instruction: Instruction) -> Report:
-        found.setdefault(instruction.partition_id, instruction)
+        found.setdefault(instruction.partition_id, replace(instruction, job=replace(instruction.job, store_dir="")))
         raise RuntimeError("this device only listens")
 
     with (
@@ -103,26 +105,26 @@ def client_peak(instruction: Instruction) -> dict[str, float]:
     from bench.cos2p_scale import reset_peak
     from client_app.data import client_examples
     from client_app.handler import handle
-    from client_app.model import build_model, full_model, sub_model
+    from client_app.model import build_model, costs_by_spec, full_model, sub_model
     from wire.message import ModelConfig
 
     torch.set_num_threads(1)
-    job = replace(instruction.job, store_dir="")
-    shape, classes = (1, 8, 8), 10
+    job, shape, classes = instruction.job, (1, 8, 8), 10
     client_examples(job.data, job.num_clients, job.seed)  # imports and caches are not what is compared
     full_model(job.model, classes, shape)
     sub_model(job.model, classes, shape, instruction.spec)
     tiny = replace(job, model=ModelConfig("mlp"), train=replace(job.train, batch_size=2))
+    costs_by_spec(*full_model(tiny.model, classes, shape), shape)
     small = build_model(tiny.model, classes, shape)[0].state_dict()
     handle(Instruction("train", 0, 0, 1, 0, tiny, small))
     del small
     reset_peak()
     before = peak_bytes()
-    report = handle(replace(instruction, job=job))
+    report = handle(instruction)
     return {"measured": (peak_bytes() - before) / 2**20, "counted": report.peak_memory_bytes / 2**20}
 
 
-def saved(rows: Sequence[Mapping[str, Any]], method: str, device: str) -> dict[str, float]:
+def saved_ratios(rows: Sequence[Mapping[str, Any]], method: str, device: str) -> dict[str, float]:
     """Phase -> what this class of devices measured against the full model's training: -.5 for half of it."""
     measured = f"{device} measured"
     full = next(row for row in rows if row["method"] == FULL)[measured]

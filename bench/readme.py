@@ -51,7 +51,7 @@ ADAPTCL_RECORDS = (
 )
 ADP_RECORDS = ("adp", "adp_uploads", "adp_controls")
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
-COS2P_RECORDS = ("cos2p", "cos2p_weights", "cos2p_cifar10", "cos2p_cifar100", "cos2p_resnet20")
+COS2P_RECORDS = ("cos2p", "cos2p_micro", "cos2p_cifar10", "cos2p_cifar100", "cos2p_resnet20")
 COS2P_COLUMNS = (
     "method",
     "seeds",
@@ -96,6 +96,7 @@ def main() -> None:
     parts = {
         "adaptcl": columns_part(ADAPTCL_RECORDS, ADAPTCL_COLUMNS),
         "cos2p": columns_part(COS2P_RECORDS, COS2P_COLUMNS),
+        "cos2p_memory": memory_part(),
         "adasplit": columns_part(("adasplit", "adasplit_noniid", "adasplit_iid"), ADASPLIT_COLUMNS),
         "adp": columns_part(ADP_RECORDS, ADP_COLUMNS),
         "baselines": columns_part(("baselines",), BASELINES_COLUMNS),
@@ -117,6 +118,19 @@ def replace_part(text: str, name: str, content: str) -> str:
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
     return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def memory_part() -> str:
+    """What client processes of each class of devices measured at their peak, MiB."""
+    record = load("cos2p")
+    end = " measured"
+    rows = [
+        {"method": row["method"], "phase": row["phase"]}
+        | {name.removesuffix(end): f"{value:.0f}" for name, value in row.items() if name.endswith(end)}
+        for row in (record["results"]["memory"] if record else ())
+        if "method" in row
+    ]
+    return markdown(rows) if rows else ""
 
 
 def columns_part(names: Sequence[str], columns: Sequence[str]) -> str:

@@ -114,9 +114,8 @@ class CostModel:
         """
         gated, written = set[str](), set[str]()
         for group in groups:
-            keys = {axis.key for axis in group.axes if axis.dim == 1 and axis.key in self.read}
-            gated |= keys
-            written |= set() if keys else {axis.key for axis in group.axes if axis.key in self.written}
+            gated |= {axis.key for axis in group.axes if axis.dim == 1 and axis.key in self.read}
+            written |= set() if group.is_read else {axis.key for axis in group.axes if axis.key in self.written}
         kept = [self.read[key] for key in sorted(gated) if key not in self.shared or key in trained]
         kept += [self.written[key] for key in sorted(written)]
         return int(self._sum(kept, self._widths(spec), spec.depth)[0])

@@ -61,6 +61,11 @@ class Group:
     axes: tuple[Axis, ...]
     exact: bool = True
 
+    @property
+    def is_read(self) -> bool:
+        """Whether a layer reads the units; what goes straight into a residual stream, none does."""
+        return any(axis.dim == 1 for axis in self.axes)
+
 
 @dataclass(frozen=True)
 class Block:

@@ -224,8 +224,8 @@ class MaskedMean:
     def _with_integers(self, sub_state: State, sent: Selection) -> State:
         """Let a reply leave out the integer buffers, which are never merged."""
         absent = {
-            key: self.previous[key]
-            for key in sent.positions
+            key: gather(self.previous[key], kept)
+            for key, kept in sent.positions.items()
             if key not in sub_state and not self.previous[key].is_floating_point()
         }
         return {**sub_state, **absent} if absent else sub_state

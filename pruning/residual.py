@@ -9,23 +9,23 @@ from torch import Tensor, nn
 class ResidualSum(nn.Module):
     """Add what a layer writes to the stream: each feature to its place.
 
-    Where features are units, ``places`` says which of them a narrowed layer still writes. It is part of the state dict,
+    Where features are units, ``units`` says which of them a narrowed layer still writes. It is part of the state dict,
     so that a sub-model's is cut out of the full model's like any other entry; integers are never merged.
 
     Parameters
     ----------
     num_features : D of the stream.
-    are_units : a layer may write fewer.
+    is_prunable : a layer may write fewer.
     """
 
-    places: Tensor | None
+    units: Tensor | None
 
-    def __init__(self, num_features: int, are_units: bool) -> None:
+    def __init__(self, num_features: int, is_prunable: bool) -> None:
         super().__init__()
-        self.register_buffer("places", torch.arange(num_features) if are_units else None)
+        self.register_buffer("units", torch.arange(num_features) if is_prunable else None)
 
     def forward(self, written: Tensor, stream: Tensor) -> Tensor:
         """[..., K] onto [..., D]: [..., D]."""
-        if self.places is None or written.shape[-1] == stream.shape[-1]:
+        if self.units is None or written.shape[-1] == stream.shape[-1]:
             return stream + written
-        return stream.scatter_add(-1, self.places.expand(written.shape), written)
+        return stream.scatter_add(-1, self.units.expand(written.shape), written)

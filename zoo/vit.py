@@ -65,13 +65,21 @@ class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP, both residual: [B, N, D] -> [B, N, D]."""
 
     def __init__(
-        self, dim: int, num_heads: int, head_dim: int, neurons: int, fused_qkv: bool, scales: bool, outputs: bool
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        neurons: int,
+        fused_qkv: bool,
+        scales: bool,
+        *,
+        residual_outputs: bool,
     ) -> None:
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, num_heads, head_dim, fused_qkv, scales)
         self.norm2, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, neurons), nn.Linear(neurons, dim)
         self.scale = UnitScale(neurons) if scales else nn.Identity()
-        self.sum1, self.sum2 = ResidualSum(dim, outputs), ResidualSum(dim, outputs)
+        self.sum1, self.sum2 = ResidualSum(dim, residual_outputs), ResidualSum(dim, residual_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply one encoder block."""
@@ -116,14 +124,14 @@ def vit(
     ``width`` scales heads and neurons, never the residual width. Groups: ``block0.heads``, ``block0.mlp``, ...
     With ``scales`` every head and neuron has a learnable factor, which the L1 penalty can shrink.
     With ``residual_outputs`` the features that attention and MLP write into the residual stream are units as well,
-    ``block0.heads_out`` and ``block0.mlp_out``; what is not written leaves the stream as it was (Co-S2P's output rows).
+    ``block0.attention_out`` and ``block0.mlp_out``; where nothing is written, the stream stays as it was (Co-S2P).
     Without exits the only head stays at every depth; with them each exit belongs to the block it stands behind.
     """
     if patch_size is None and grid is not None:
         patch_size = max(1, image_size // grid)
     elif patch_size is None:
         patch_size = 16 if image_size >= 128 else max(1, image_size // 8)
-    if image_size % patch_size:
+    if patch_size < 1 or image_size % patch_size:
         raise ValueError(
             f"vit: image-size {image_size} is not a multiple of patch-size {patch_size}; "
             "choose a divisor of it (model.patch-size)"
@@ -137,7 +145,10 @@ def vit(
     exit_blocks = tuple(num_blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)) if exits else ()
     model = BlockChain(
         PatchEmbedding(in_channels, dim, image_size, patch_size),
-        [EncoderBlock(dim, heads, head_dim, neurons, fused_qkv, scales, residual_outputs) for _ in range(num_blocks)],
+        [
+            EncoderBlock(dim, heads, head_dim, neurons, fused_qkv, scales, residual_outputs=residual_outputs)
+            for _ in range(num_blocks)
+        ],
         [TokenHead(dim, num_classes) for _ in range(len(exit_blocks) or 1)],
         exit_blocks,
     )
@@ -170,7 +181,7 @@ def _outputs_of(index: int, dim: int) -> tuple[Group, Group]:
     """What the attention and the MLP of one block write into the residual stream."""
     block = f"blocks.{index}"
     of_attention, of_mlp = (
-        Group(f"block{index}.{name}", dim, (*rows(f"{block}.{layer}", bias=True), Axis(f"{block}.{total}.places", 0)))
-        for name, layer, total in (("heads_out", "attention.proj", "sum1"), ("mlp_out", "fc2", "sum2"))
+        Group(f"block{index}.{name}", dim, (*rows(f"{block}.{layer}", bias=True), Axis(f"{block}.{total}.units", 0)))
+        for name, layer, total in (("attention_out", "attention.proj", "sum1"), ("mlp_out", "fc2", "sum2"))
     )
     return of_attention, of_mlp

@@ -1,4 +1,4 @@
-"""The gates by which a mask is learned: Bernoulli draws in front of the layers that read a unit, straight-through.
+"""The gates by which a mask is learned: Bernoulli draws in front of what reads a unit, passed straight through.
 
 They are Co-S2P's, open or shut for a whole batch and gone with the mask phase; ADP's, in ``pruning.gates``, belong to
 the model and judge every sample.
@@ -66,7 +66,7 @@ class GatedProduct(torch.autograd.Function):
 
 
 class MaskGates:
-    """One gate per unit of ``groups``, hooked into the layers of ``model`` that read the units.
+    """One gate per unit of ``groups``, hooked into the layers of ``model`` that read it, or write it if none does.
 
     Parameters
     ----------
@@ -150,8 +150,8 @@ def readers_of(group: Group, modules: Mapping[str, nn.Module]) -> list[Axis]:
 
 
 def writers_of(group: Group, modules: Mapping[str, nn.Module]) -> list[Axis]:
-    """The axes along which linear layers write units that no layer reads: a part of a residual stream."""
-    if any(axis.dim == 1 for axis in group.axes):
+    """The axes along which linear layers write a group's units and nothing else, where no layer reads them."""
+    if group.is_read:
         return []
     writers = {axis: modules.get(axis.key.rpartition(".")[0]) for axis in group.axes if axis.key.endswith(".weight")}
-    return [axis for axis, module in writers.items() if isinstance(module, nn.Linear)]
+    return [a for a, m in writers.items() if isinstance(m, nn.Linear) and m.out_features == group.size]

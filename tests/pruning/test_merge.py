@@ -255,6 +255,19 @@ def test_a_mixing_rate_moves_by_its_share(four_channels):
     torch.testing.assert_close(merged["0.weight"], previous["0.weight"] + 0.25)
 
 
+def test_a_narrowed_reply_may_leave_out_the_units_that_it_writes():
+    model, layout = get_model("vit_micro", 10, 1, 8, residual_outputs=True)
+    previous, spec = model.state_dict(), SubModelSpec.of({"block0.mlp_out": range(0, 64, 3)})
+    sent = extract(previous, layout, spec)
+    assert sent["blocks.0.sum2.units"].tolist() == list(range(0, 64, 3))
+    mean = MaskedMean(previous, layout)
+    mean.add({key: tensor + 1 for key, tensor in sent.items() if tensor.is_floating_point()}, spec, 1.0)
+    merged = mean.finalize().state
+    assert torch.equal(merged["blocks.0.sum2.units"], torch.arange(64))
+    moved = (merged["blocks.0.fc2.bias"] - previous["blocks.0.fc2.bias"]).nonzero().flatten()
+    assert moved.tolist() == list(range(0, 64, 3))
+
+
 @settings(max_examples=15)
 @given(st.sampled_from(["mlp", "cnn", "resnet8", "vit_tiny"]), st.lists(st.integers(0, 999), min_size=1, max_size=4))
 def test_what_is_extracted_and_merged_unchanged_is_the_original(name, seeds):

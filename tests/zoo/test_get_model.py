@@ -123,6 +123,7 @@ def test_exits_give_one_tensor_of_logits_each_deepest_last(name, exits):
         ("cnn", {"image_size": 2}, "image-size >= 4"),
         ("lenet", {"image_size": 3}, "image-size >= 4"),
         ("vit_tiny", {"patch_size": 5}, "choose a divisor"),
+        ("vit_tiny", {"patch_size": 0}, "choose a divisor"),
         ("mlp", {"hidden": ()}, "at least one layer width"),
     ],
 )

@@ -168,7 +168,7 @@ def test_the_softmax_scale_of_a_transformer_with_fewer_heads_stays_that_of_the_f
 def test_what_a_narrowed_layer_does_not_write_leaves_the_residual_stream_as_it_was():
     model, layout = build(*WRITING)
     kept = [1, 5, 20]
-    spec = SubModelSpec.of({"block1.heads_out": kept, "block1.mlp_out": [0]})
+    spec = SubModelSpec.of({"block1.attention_out": kept, "block1.mlp_out": [0]})
     small = resize(model, layout, spec)
     small.load_state_dict(extract(model.state_dict(), layout, spec), strict=True)
     stream, block = torch.randn(2, 5, 24), small.blocks[1]
