@@ -51,7 +51,7 @@ ADAPTCL_RECORDS = (
 )
 ADP_RECORDS = ("adp", "adp_uploads", "adp_controls")
 ADP_COLUMNS = ("variant", "seeds", "accuracy", "lost points", "train - test", "upload", "last upload", "wire", "MACs")
-COS2P_RECORDS = ("cos2p", "cos2p_micro", "cos2p_cifar10", "cos2p_cifar100", "cos2p_resnet20")
+COS2P_RECORDS = ("cos2p", "cos2p_ablations", "cos2p_cifar10", "cos2p_cifar100", "cos2p_resnet20")
 COS2P_COLUMNS = (
     "method",
     "seeds",

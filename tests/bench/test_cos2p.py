@@ -82,7 +82,7 @@ def test_the_abstracts_four_claims_stand_beside_what_was_found():
     assert best == "-5.0 against the best rival, heterofl"
     assert worst == "+35.0 against the worst rival, fedavg"
     assert utilisation.startswith("1.350 ")
-    assert memory == "-45 % measured at rate .5 while masks are learned, -60 % after that"
+    assert memory == "-45 % measured at rate .5 while masks are learned, -60 % after that (ViT-Tiny)"
     assert time == "-25 % of synchronous, to 0.97 of the lower accuracy of the two", "1 s of 1 and .5 s of 1"
 
 
