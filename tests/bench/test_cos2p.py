@@ -206,7 +206,7 @@ def test_peak_memory_is_measured_for_each_method_phase_and_device_and_set_agains
     assert masks["jetson-tx2 counted"] < 0.78 * full["jetson-tx2 counted"]
     assert [name for name in capable if "measured" in name] == [f"{device} measured" for device in JETSON_PATTERN[2:]]
     ratio = masks["jetson-tx2 measured"] / full["jetson-tx2 measured"]
-    assert cos2p_memory.saved(memory, "cos2p", "jetson-tx2")["masks + weights"] == ratio - 1
+    assert cos2p_memory.saved_ratios(memory, "cos2p", "jetson-tx2")["masks + weights"] == ratio - 1
 
 
 @pytest.mark.slow  # as well: -m "not slow" puts itself in the place of the default, which leaves out what is long
